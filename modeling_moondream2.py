@@ -1,0 +1,582 @@
+"""Moondream2, release 2024-08-26, for transformers' Auto classes.
+
+The whole network in reading order: configuration, picture, vision encoder, text model, Moondream. The parameters carry
+the release's names, so its weights load here and what is saved here loads there. Importing this file registers the
+classes, after which `AutoModelForCausalLM.from_pretrained("vikhyatk/moondream2", revision=...)` runs no code of the hub.
+
+Sources: SigLIP (https://arxiv.org/abs/2303.15343), Phi-1.5 (https://arxiv.org/abs/2309.05463), rotary positions
+(https://arxiv.org/abs/2104.09864).
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: the defaults are the released model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MoondreamVisionConfig(PretrainedConfig):
+    """The vision encoder (SigLIP so400m) and its projection into the text model's width."""
+
+    model_type = "moondream1_vision"
+
+    def __init__(
+        self,
+        image_size=378,  # pixels a side of what the ViT sees at a time
+        patch_size=14,
+        tile_from=512,  # a picture whose longer side is under this many pixels is seen whole, without tiles
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        projection_size=8192,
+        layer_norm_eps=1e-5,
+        **kwargs,
+    ):
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.tile_from = tile_from
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.projection_size = projection_size
+        self.layer_norm_eps = layer_norm_eps
+        super().__init__(**kwargs)
+
+
+class MoondreamTextConfig(PretrainedConfig):
+    """The text model (Phi-1.5)."""
+
+    model_type = "phi"
+
+    def __init__(
+        self,
+        vocab_size=51200,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        rotary_dim=32,  # of each head's dimensions, how many rotate with the position
+        rotary_theta=10000.0,
+        layer_norm_eps=1e-5,
+        max_position_embeddings=2048,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.rotary_dim = rotary_dim
+        self.rotary_theta = rotary_theta
+        self.layer_norm_eps = layer_norm_eps
+        self.max_position_embeddings = max_position_embeddings
+        super().__init__(**kwargs)
+
+
+class MoondreamConfig(PretrainedConfig):
+    """Moondream2. `text_config` and `vision_config` take a dictionary of the fields that differ from the release."""
+
+    model_type = "moondream1"
+    sub_configs = {"text_config": MoondreamTextConfig, "vision_config": MoondreamVisionConfig}
+
+    def __init__(self, text_config=None, vision_config=None, region_features=256, **kwargs):
+        self.text_config = self._sub_config(MoondreamTextConfig, text_config)
+        self.vision_config = self._sub_config(MoondreamVisionConfig, vision_config)
+        self.region_features = region_features
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+
+    @staticmethod
+    def _sub_config(config_class, value):
+        return value if isinstance(value, config_class) else config_class(**(value or {}))
+
+    @property
+    def image_tokens(self):
+        """How many embeddings a picture becomes: 729."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Picture -> tensor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def upright_rgb(image):
+    """The picture as a person sees it: turned upright by its EXIF orientation, 8 bits a channel, on white, RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip them at 255
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def preprocessed_size(width, height, image_size=378, tile_from=512):
+    """The (height, width) that a picture of `width` x `height` pixels is resized to: one tile, two or four."""
+    if max(width, height) < tile_from:
+        return image_size, image_size
+    one, two = image_size, 2 * image_size
+    # The second term crosses height and width. The release was trained so; min() keeps its order at ties.
+    return min(
+        [(one, one), (one, two), (two, one), (two, two)],
+        key=lambda size: (
+            abs(size[1] / size[0] - width / height),
+            abs(size[0] - width) + abs(size[1] - height),
+        ),
+    )
+
+
+def preprocess(image, image_size=378, tile_from=512):
+    """A PIL image -> float32 (3, height, width) in [-1, 1], sides of one or two times `image_size`."""
+    image = upright_rgb(image)
+    height, width = preprocessed_size(*image.size, image_size, tile_from)
+    pixels = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC)))
+    return rearrange(pixels, "h w c -> c h w").float().div(255).sub(0.5).div(0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision encoder: pictures -> (pictures, 729, 2048)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    def __init__(self, in_features, hidden_features, out_features):
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "b h t d -> b t (h d)"))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attn = VisionAttention(width, config.num_attention_heads)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(width, config.intermediate_size, width)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, width):
+        super().__init__()
+        self.patch_size = patch_size
+        self.linear = nn.Linear(3 * patch_size**2, width)
+
+    def forward(self, x):  # (b, 3, 378, 378) -> (b, 729, width)
+        p = self.patch_size
+        return self.linear(rearrange(x, "b c (h p1) (w p2) -> b (h w) (c p1 p2)", p1=p, p2=p))
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        self.patch_embed = PatchEmbed(config.patch_size, width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, (config.image_size // config.patch_size) ** 2, width))
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, x):
+        x = self.patch_embed(x) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class VisionEncoder(nn.Module):
+    """The whole picture and its tiles through one ViT; both views of each place, side by side, into the text's width."""
+
+    def __init__(self, config):
+        super().__init__()
+        vision = config.vision_config
+        self.image_size, self.tile_from = vision.image_size, vision.tile_from
+        self.encoder = nn.ModuleDict({"model": nn.ModuleDict({"visual": VisionTransformer(vision)})})
+        self.projection = nn.ModuleDict(
+            {"mlp": MLP(2 * vision.hidden_size, vision.projection_size, config.text_config.hidden_size)}
+        )
+
+    def preprocess(self, image):
+        return preprocess(image, self.image_size, self.tile_from)
+
+    def forward(self, images):
+        """A PIL image, a list of PIL images or preprocessed tensors, or a tensor (b, 3, h, w) -> (b, 729, 2048)."""
+        images = [images] if isinstance(images, Image.Image) else images
+        weight = self.projection.mlp.fc1.weight
+        pixels = [x if torch.is_tensor(x) else self.preprocess(x) for x in images]
+        pixels = [x.to(weight.device, weight.dtype) for x in pixels]
+        whole = torch.cat([self._resize(x[None], self.image_size) for x in pixels])
+        tiles = [self._tiles(x) for x in pixels]
+        features = self.encoder.model.visual(torch.cat([whole, *tiles]))
+        whole, *local = features.split([len(pixels), *map(len, tiles)])
+        local = torch.stack([self._lay_side_by_side(*each) for each in zip(local, pixels, whole, strict=True)])
+        return self.projection.mlp(torch.cat([whole, local], dim=-1))
+
+    def _tiles(self, pixels):
+        """(3, h, w) -> (tiles, 3, 378, 378) in raster order; none of a picture that is one tile itself."""
+        tiles = rearrange(pixels, "c (i h) (j w) -> (i j) c h w", h=self.image_size, w=self.image_size)
+        return tiles if len(tiles) > 1 else tiles[:0]
+
+    def _lay_side_by_side(self, tiles, pixels, whole):
+        """The tiles' features (tiles, 729, width), laid as the tiles lie, as one map of 27 x 27: (729, width)."""
+        if not len(tiles):
+            return whole
+        side = int(tiles.shape[1] ** 0.5)
+        rows = pixels.shape[1] // self.image_size
+        features = rearrange(tiles, "(i j) (h w) c -> 1 c (i h) (j w)", i=rows, h=side)
+        return rearrange(self._resize(features, side), "1 c h w -> (h w) c")
+
+    @staticmethod
+    def _resize(x, side):
+        return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text model: token ids and image embeddings -> logits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rotary_angles(position_ids, dim, theta):
+    """cos and sin (batch, 1, tokens, dim / 2) of each position's angles, in float32: bfloat16 can't tell 700 from 701."""
+    frequencies = theta ** (-torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim)
+    angles = position_ids[:, None, :, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns the first 2 * cos.shape[-1] dimensions of x (batch, heads, tokens, dim), pairing each half's i-th ones."""
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    a, b = a.float(), b.float()
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
+
+
+class TextAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.heads, self.layer = config.num_attention_heads, layer
+        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, cos, sin, mask, cache):
+        q, k, v = rearrange(self.Wqkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        v = v.contiguous()  # a view would keep all of Wqkv's output alive until the backward pass
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
+        return self.out_proj(rearrange(x, "b h t d -> b t (h d)"))
+
+
+class TextBlock(nn.Module):
+    """x + attention(ln(x)) + mlp(ln(x)): one norm feeds both."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = TextAttention(config, layer)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size)
+
+    def forward(self, x, cos, sin, mask, cache):
+        h = self.ln(x)
+        return x + self.mixer(h, cos, sin, mask, cache) + self.mlp(h)
+
+
+def attention_mask_4d(mask, tokens, past, device):
+    """A boolean (batch or 1, 1, tokens, past + tokens), True where attention goes; None where causal says it all.
+
+    `mask` is None, 2-D (batch, past + tokens) with 0 at padding, or already 4-D.
+    """
+    if mask is not None and mask.dim() == 4:
+        return mask
+    if mask is None and (past == 0 or tokens == 1):
+        return None
+    causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
+    if mask is None:
+        return causal[None, None]
+    # Padding sees itself: a softmax over nothing would be NaN, and NaN spreads.
+    itself = torch.eye(past + tokens, dtype=torch.bool, device=device)[past:]
+    return (causal & mask.bool()[:, None, None, :]) | itself
+
+
+class TextModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.transformer = nn.ModuleDict(
+            {
+                "embd": nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, width)}),
+                "h": nn.ModuleList(TextBlock(config, layer) for layer in range(config.num_hidden_layers)),
+            }
+        )
+        self.lm_head = nn.ModuleDict(
+            {"ln": nn.LayerNorm(width, eps=config.layer_norm_eps), "linear": nn.Linear(width, config.vocab_size)}
+        )
+        self.gradient_checkpointing = False
+
+    def get_input_embeddings(self):
+        return self.transformer.embd.wte
+
+    def forward(
+        self,
+        input_ids=None,
+        inputs_embeds=None,
+        image_embeds=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=False,
+        labels=None,
+        scored=None,
+        num_items_in_batch=None,
+    ):
+        """Logits and, with labels, the cross-entropy of each next token, in float32.
+
+        Args:
+            input_ids: (batch, tokens); or inputs_embeds: (batch, tokens, width).
+            image_embeds: (batch, 729, width), put after the first token; `tokens` below counts them.
+            attention_mask: 2-D (batch, past + tokens), 0 at padding, or 4-D boolean, True where attention goes.
+            position_ids: (batch, tokens). Without it, tokens that are not padding are counted.
+            past_key_values: a transformers Cache to go on from; `use_cache` alone starts one.
+            labels: (batch, tokens), as in transformers: -100 where nothing is to be learned, not shifted.
+            scored: (n,) which of the batch x tokens positions, counted through, go through `lm_head`; logits are then
+                (n, vocabulary). With labels these are the positions before a label, and are found where not given,
+                for which the host waits on the device.
+            num_items_in_batch: what the summed loss is divided by. Without it, the number of labels scored.
+        """
+        x = self.transformer.embd.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if image_embeds is not None:
+            x = torch.cat([x[:, :1], image_embeds.to(x.dtype), x[:, 1:]], dim=1)
+        cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
+        past = 0 if cache is None else cache.get_seq_length()
+        x = self._hidden_states(x, attention_mask, position_ids, cache, past)
+
+        if labels is None:
+            x = x if scored is None else x.flatten(0, 1)[scored]
+            return CausalLMOutputWithPast(logits=self._logits(x), past_key_values=cache)
+        next_labels = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+        scored = (next_labels != -100).nonzero()[:, 0] if scored is None else scored
+        logits = self._logits(x.flatten(0, 1)[scored])
+        loss = F.cross_entropy(logits.float(), next_labels[scored], reduction="sum")
+        loss = loss / (max(len(scored), 1) if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _hidden_states(self, x, attention_mask, position_ids, cache, past):
+        tokens = x.shape[1]
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + tokens, device=x.device)[None]
+        cos, sin = rotary_angles(position_ids, self.config.rotary_dim, self.config.rotary_theta)
+        mask = attention_mask_4d(attention_mask, tokens, past, x.device)
+        for block in self.transformer.h:
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, cos, sin, mask, None)
+            else:
+                x = block(x, cos, sin, mask, cache)
+        return x
+
+    def _logits(self, x):
+        return self.lm_head.linear(self.lm_head.ln(x))
+
+
+class RegionModel(nn.Module):
+    """The release's weights for pointing at regions, carried along unchanged: they take no part in answering."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, features = config.text_config.hidden_size, config.region_features
+        for name in ("position", "size"):
+            fourier = nn.Module()
+            fourier.register_buffer("weight", torch.zeros(features // 2, 2))
+            self.add_module(f"{name}_features", fourier)
+            self.add_module(f"{name}_encoder", nn.Linear(features, width))
+            self.add_module(f"{name}_decoder", nn.Linear(width, 2))
+        self.confidence_decoder = nn.Linear(width, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moondream
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prompt_ids(tokenizer, question, chat_history=""):
+    """The token ids of a question, from behind the picture to where its answer begins."""
+    text = f"\n\n{chat_history}Question: {question}\n\nAnswer:"
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def lay_out_rows(rows, bos, image_tokens):
+    """Rows `[BOS, image, text 1, text 2, ...]`, one a picture, whose texts don't see each other.
+
+    Args:
+        rows: for each picture a list of texts, each a list of token ids.
+    Returns:
+        input_ids (rows, 1 + text tokens), without the image's places, padded with `bos`; and, for all `tokens` of a row,
+        segments (rows, tokens): 0 for BOS and image, k for text k, -1 for padding; position_ids (rows, tokens), in
+        which each text starts right behind the image.
+    """
+    texts = max(sum(map(len, row)) for row in rows)
+    prefix = 1 + image_tokens
+    input_ids = torch.full((len(rows), 1 + texts), bos)
+    segments = torch.full((len(rows), prefix + texts), -1)
+    segments[:, :prefix] = 0
+    position_ids = torch.arange(prefix + texts).repeat(len(rows), 1)
+    for r, row in enumerate(rows):
+        start = 0
+        for k, ids in enumerate(row, start=1):
+            end = start + len(ids)
+            input_ids[r, 1 + start : 1 + end] = torch.tensor(ids)
+            segments[r, prefix + start : prefix + end] = k
+            position_ids[r, prefix + start : prefix + end] = torch.arange(prefix, prefix + len(ids))
+            start = end
+    return {"input_ids": input_ids, "segments": segments, "position_ids": position_ids}
+
+
+def row_mask(segments, queries=None):
+    """Who sees whom in rows of `lay_out_rows`: 4-D boolean for the text model.
+
+    Args:
+        segments: (rows, tokens).
+        queries: (rows, n), the segments of the row's newest n tokens where only these are asked for and no two are of
+            one segment: a decoding step. Without it every token asks, and sees nothing behind itself.
+    """
+    keys = segments[:, None, None, :]
+    if queries is not None:
+        return (keys == 0) | (keys == queries[:, None, :, None])
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+    return causal & ((keys == 0) | (keys == segments[:, None, :, None]))
+
+
+class Moondream(PreTrainedModel):
+    """Moondream2: `vision_encoder`, `text_model`, and `region_model`, which is only carried along."""
+
+    config_class = MoondreamConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TextBlock", "VisionBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vision_encoder = VisionEncoder(config)
+        self.text_model = TextModel(config.text_config)
+        self.region_model = RegionModel(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.text_model.get_input_embeddings()
+
+    def forward(self, *args, **kwargs):
+        return self.text_model(*args, **kwargs)
+
+    @torch.no_grad()
+    def encode_image(self, image):
+        """A picture, a list of them or a preprocessed tensor -> image embeddings (pictures, 729, 2048)."""
+        return self.vision_encoder(image)
+
+    def answer_question(self, image_embeds, question, tokenizer, chat_history="", max_new_tokens=256):
+        """The answer to a question about one encoded picture (1, 729, 2048), decoded greedily."""
+        prompt = prompt_ids(tokenizer, question, chat_history)
+        return self._answer(image_embeds, [[prompt]], tokenizer, max_new_tokens)[0][0]
+
+    def batch_answer(self, images, prompts, tokenizer, max_new_tokens=512):
+        """The answers to one question for each picture."""
+        rows = [[prompt_ids(tokenizer, question)] for question in prompts]
+        return [answer for (answer,) in self._answer(self.encode_image(images), rows, tokenizer, max_new_tokens)]
+
+    def answer_questions(self, image_embeds, questions, tokenizer, max_new_tokens=256):
+        """For each encoded picture a list of questions -> for each a list of answers; a picture is read only once."""
+        rows = [[prompt_ids(tokenizer, question) for question in row] for row in questions]
+        return self._answer(image_embeds, rows, tokenizer, max_new_tokens)
+
+    def caption(self, images, tokenizer, length=None, max_new_tokens=512):
+        """A caption for each picture, a short one with length="short"."""
+        image_embeds = self.encode_image(images)
+        text = "\n\nShort caption:" if length == "short" else "\n\nCaption:"
+        prompt = tokenizer(text, add_special_tokens=False).input_ids
+        return [row[0] for row in self._answer(image_embeds, [[prompt]] * len(image_embeds), tokenizer, max_new_tokens)]
+
+    def _answer(self, image_embeds, prompts, tokenizer, max_new_tokens):
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        rows = self.generate_ids(image_embeds, prompts, bos, eos, max_new_tokens)
+        return [[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in row] for row in rows]
+
+    @torch.inference_mode()
+    def generate_ids(self, image_embeds, prompts, bos, eos, max_new_tokens):
+        """Greedy decoding of all questions of all rows at once: a step costs one token for each question.
+
+        Args:
+            image_embeds: (rows, 729, width).
+            prompts: for each row a list of prompts, each a list of token ids.
+        Returns:
+            for each row a list of answers, each a list of token ids without `eos`.
+        """
+        rows, most, device = len(prompts), max(map(len, prompts)), self.get_input_embeddings().weight.device
+        layout = {name: x.to(device) for name, x in lay_out_rows(prompts, bos, image_embeds.shape[1]).items()}
+        segments, position_ids = layout["segments"], layout["position_ids"]
+        questions = torch.arange(1, most + 1, device=device).expand(rows, -1)
+        is_last = (
+            (segments[:, None] == questions[..., None]).cumsum(-1).argmax(-1)
+        )  # (rows, most): a prompt's last token
+        steps = position_ids.gather(1, is_last)
+        out = self.text_model(
+            input_ids=layout["input_ids"],
+            image_embeds=image_embeds.to(device),
+            attention_mask=row_mask(segments),
+            position_ids=position_ids,
+            scored=(is_last + torch.arange(rows, device=device)[:, None] * segments.shape[1]).flatten(),
+            use_cache=True,
+        )
+        done = torch.tensor([[k >= len(row) for k in range(most)] for row in prompts], device=device)
+        answers = torch.empty(rows, most, 0, dtype=torch.long, device=device)
+        for _ in range(max_new_tokens):
+            token = out.logits.argmax(-1).view(rows, most).masked_fill(done, eos)
+            answers = torch.cat([answers, token[..., None]], dim=-1)
+            done = done | (token == eos)
+            if done.all():
+                break
+            segments = torch.cat([segments, questions], dim=1)
+            steps = steps + 1
+            out = self.text_model(
+                input_ids=token,
+                attention_mask=row_mask(segments, questions),
+                position_ids=steps,
+                past_key_values=out.past_key_values,
+            )
+        until_eos = [[ids[: ids.index(eos)] if eos in ids else ids for ids in row] for row in answers.tolist()]
+        return [row[: len(prompt)] for row, prompt in zip(until_eos, prompts, strict=True)]
+
+
+AutoConfig.register(MoondreamConfig.model_type, MoondreamConfig, exist_ok=True)
+AutoModelForCausalLM.register(MoondreamConfig, Moondream, exist_ok=True)
+MoondreamConfig.register_for_auto_class()
+Moondream.register_for_auto_class("AutoModelForCausalLM")
