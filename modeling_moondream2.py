@@ -2,7 +2,7 @@
 
 The whole network in reading order: configuration, picture, vision encoder, text model, Moondream. The parameters carry
 the release's names, so its weights load here and what is saved here loads there. Importing this file registers the
-classes, after which `AutoModelForCausalLM.from_pretrained("vikhyatk/moondream2", revision=...)` runs no code of the hub.
+classes: `AutoModelForCausalLM.from_pretrained("vikhyatk/moondream2", revision=...)` then runs no code of the hub.
 
 Sources: SigLIP (https://arxiv.org/abs/2303.15343), Phi-1.5 (https://arxiv.org/abs/2309.05463), rotary positions
 (https://arxiv.org/abs/2104.09864).
@@ -26,60 +26,40 @@ class MoondreamVisionConfig(PretrainedConfig):
     """The vision encoder (SigLIP so400m) and its projection into the text model's width."""
 
     model_type = "moondream1_vision"
+    defaults = {
+        "image_size": 378,  # pixels a side of what the ViT sees at a time
+        "patch_size": 14,
+        "tile_from": 512,  # a picture whose longer side is under this many pixels is seen whole, without tiles
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "projection_size": 8192,
+        "layer_norm_eps": 1e-5,
+    }
 
-    def __init__(
-        self,
-        image_size=378,  # pixels a side of what the ViT sees at a time
-        patch_size=14,
-        tile_from=512,  # a picture whose longer side is under this many pixels is seen whole, without tiles
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        projection_size=8192,
-        layer_norm_eps=1e-5,
-        **kwargs,
-    ):
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.tile_from = tile_from
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.projection_size = projection_size
-        self.layer_norm_eps = layer_norm_eps
-        super().__init__(**kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(**{**self.defaults, **kwargs})
 
 
 class MoondreamTextConfig(PretrainedConfig):
     """The text model (Phi-1.5)."""
 
     model_type = "phi"
+    defaults = {
+        "vocab_size": 51200,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "rotary_dim": 32,  # how many of a head's dimensions turn with the position
+        "rotary_theta": 10000.0,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+    }
 
-    def __init__(
-        self,
-        vocab_size=51200,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=24,
-        num_attention_heads=32,
-        rotary_dim=32,  # of each head's dimensions, how many rotate with the position
-        rotary_theta=10000.0,
-        layer_norm_eps=1e-5,
-        max_position_embeddings=2048,
-        **kwargs,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.rotary_dim = rotary_dim
-        self.rotary_theta = rotary_theta
-        self.layer_norm_eps = layer_norm_eps
-        self.max_position_embeddings = max_position_embeddings
-        super().__init__(**kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(**{**self.defaults, **kwargs})
 
 
 class MoondreamConfig(PretrainedConfig):
@@ -214,7 +194,7 @@ class VisionTransformer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The whole picture and its tiles through one ViT; both views of each place, side by side, into the text's width."""
+    """The whole picture and its tiles through one ViT; both views of a place, side by side, into the text's width."""
 
     def __init__(self, config):
         super().__init__()
@@ -266,7 +246,7 @@ class VisionEncoder(nn.Module):
 
 
 def rotary_angles(position_ids, dim, theta):
-    """cos and sin (batch, 1, tokens, dim / 2) of each position's angles, in float32: bfloat16 can't tell 700 from 701."""
+    """cos and sin (batch, 1, tokens, dim / 2) of each position's angles. Float32: bfloat16 can't tell 700 from 701."""
     frequencies = theta ** (-torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim)
     angles = position_ids[:, None, :, None] * frequencies
     return angles.cos(), angles.sin()
@@ -430,10 +410,9 @@ class RegionModel(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prompt_ids(tokenizer, question, chat_history=""):
-    """The token ids of a question, from behind the picture to where its answer begins."""
-    text = f"\n\n{chat_history}Question: {question}\n\nAnswer:"
-    return tokenizer(text, add_special_tokens=False).input_ids
+def prompt_text(question, chat_history=""):
+    """What stands between a picture and the answer, which begins with a space."""
+    return f"\n\n{chat_history}Question: {question}\n\nAnswer:"
 
 
 def lay_out_rows(rows, bos, image_tokens):
@@ -442,7 +421,7 @@ def lay_out_rows(rows, bos, image_tokens):
     Args:
         rows: for each picture a list of texts, each a list of token ids.
     Returns:
-        input_ids (rows, 1 + text tokens), without the image's places, padded with `bos`; and, for all `tokens` of a row,
+        input_ids (rows, 1 + text tokens), without the image's places, padded with `bos`; and for all `tokens` of a row
         segments (rows, tokens): 0 for BOS and image, k for text k, -1 for padding; position_ids (rows, tokens), in
         which each text starts right behind the image.
     """
@@ -505,29 +484,28 @@ class Moondream(PreTrainedModel):
 
     def answer_question(self, image_embeds, question, tokenizer, chat_history="", max_new_tokens=256):
         """The answer to a question about one encoded picture (1, 729, 2048), decoded greedily."""
-        prompt = prompt_ids(tokenizer, question, chat_history)
-        return self._answer(image_embeds, [[prompt]], tokenizer, max_new_tokens)[0][0]
-
-    def batch_answer(self, images, prompts, tokenizer, max_new_tokens=512):
-        """The answers to one question for each picture."""
-        rows = [[prompt_ids(tokenizer, question)] for question in prompts]
-        return [answer for (answer,) in self._answer(self.encode_image(images), rows, tokenizer, max_new_tokens)]
+        return self._answer(image_embeds, [[prompt_text(question, chat_history)]], tokenizer, max_new_tokens)[0][0]
 
     def answer_questions(self, image_embeds, questions, tokenizer, max_new_tokens=256):
         """For each encoded picture a list of questions -> for each a list of answers; a picture is read only once."""
-        rows = [[prompt_ids(tokenizer, question) for question in row] for row in questions]
-        return self._answer(image_embeds, rows, tokenizer, max_new_tokens)
+        prompts = [[prompt_text(question) for question in row] for row in questions]
+        return self._answer(image_embeds, prompts, tokenizer, max_new_tokens)
+
+    def batch_answer(self, images, prompts, tokenizer, max_new_tokens=512):
+        """The answers to one question for each picture."""
+        questions = [[question] for question in prompts]
+        rows = self.answer_questions(self.encode_image(images), questions, tokenizer, max_new_tokens)
+        return [answer for (answer,) in rows]
 
     def caption(self, images, tokenizer, length=None, max_new_tokens=512):
         """A caption for each picture, a short one with length="short"."""
         image_embeds = self.encode_image(images)
-        text = "\n\nShort caption:" if length == "short" else "\n\nCaption:"
-        prompt = tokenizer(text, add_special_tokens=False).input_ids
+        prompt = "\n\nShort caption:" if length == "short" else "\n\nCaption:"
         return [row[0] for row in self._answer(image_embeds, [[prompt]] * len(image_embeds), tokenizer, max_new_tokens)]
 
     def _answer(self, image_embeds, prompts, tokenizer, max_new_tokens):
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        rows = self.generate_ids(image_embeds, prompts, bos, eos, max_new_tokens)
+        ids = [[tokenizer(text, add_special_tokens=False).input_ids for text in row] for row in prompts]
+        rows = self.generate_ids(image_embeds, ids, tokenizer.bos_token_id, tokenizer.eos_token_id, max_new_tokens)
         return [[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in row] for row in rows]
 
     @torch.inference_mode()
@@ -544,16 +522,15 @@ class Moondream(PreTrainedModel):
         layout = {name: x.to(device) for name, x in lay_out_rows(prompts, bos, image_embeds.shape[1]).items()}
         segments, position_ids = layout["segments"], layout["position_ids"]
         questions = torch.arange(1, most + 1, device=device).expand(rows, -1)
-        is_last = (
-            (segments[:, None] == questions[..., None]).cumsum(-1).argmax(-1)
-        )  # (rows, most): a prompt's last token
-        steps = position_ids.gather(1, is_last)
+        # (rows, most): where each prompt's last token stands in its row
+        last = (segments[:, None] == questions[..., None]).cumsum(-1).argmax(-1)
+        steps = position_ids.gather(1, last)
         out = self.text_model(
             input_ids=layout["input_ids"],
             image_embeds=image_embeds.to(device),
             attention_mask=row_mask(segments),
             position_ids=position_ids,
-            scored=(is_last + torch.arange(rows, device=device)[:, None] * segments.shape[1]).flatten(),
+            scored=(last + torch.arange(rows, device=device)[:, None] * segments.shape[1]).flatten(),
             use_cache=True,
         )
         done = torch.tensor([[k >= len(row) for k in range(most)] for row in prompts], device=device)

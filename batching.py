@@ -1,0 +1,89 @@
+"""Which examples go through the model together: micro-batches for training, whole rows for validation."""
+
+import random
+from collections import defaultdict
+
+
+def text_tokens(example):
+    return len(example.prompt_ids) + len(example.answer_ids)
+
+
+def by_picture(dataset, numbers):
+    """{picture: the example numbers on it}, both in the order of `numbers`."""
+    groups = defaultdict(list)
+    for i in numbers:
+        groups[dataset[i].picture].append(i)
+    return groups
+
+
+class StepSampler:
+    """The micro-batches of one process, as lists of example numbers: each example once an epoch.
+
+    The order depends on seed and epoch alone. An optimizer step takes the next `step_size` examples of it, however
+    they are cut into micro-batches and shared among processes; the last step of an epoch takes what is left.
+    """
+
+    def __init__(self, dataset, batch_size, accum, group_by_picture, seed, rank=0, processes=1):
+        self.dataset, self.accum, self.group_by_picture, self.seed = dataset, accum, group_by_picture, seed
+        self.rank, self.processes = rank, processes
+        self.step_size = batch_size * accum * processes
+        self.steps = -(-len(dataset) // self.step_size)
+        self.epoch, self.first_step = 0, 0  # set before each epoch
+
+    def __len__(self):
+        return (self.steps - self.first_step) * self.accum
+
+    def __iter__(self):
+        order = self.order()
+        for step in range(self.first_step, self.steps):
+            numbers = self.rows_together(order[step * self.step_size : (step + 1) * self.step_size])
+            share = -(-len(numbers) // (self.accum * self.processes))
+            for micro in range(self.accum):
+                start = (micro * self.processes + self.rank) * share
+                yield numbers[start : start + share]
+
+    def order(self):
+        """All example numbers, shuffled: one by one, or in groups on one picture that fit into a step."""
+        draw = random.Random(f"{self.seed} {self.epoch}")
+        numbers = list(range(len(self.dataset)))
+        draw.shuffle(numbers)
+        if not self.group_by_picture:
+            return numbers
+        groups = [
+            group[start : start + self.step_size]
+            for group in by_picture(self.dataset, numbers).values()
+            for start in range(0, len(group), self.step_size)
+        ]
+        draw.shuffle(groups)
+        return [i for group in groups for i in group]
+
+    def rows_together(self, numbers):
+        """A step's examples so ordered that those on one picture make one row, and rows of similar length one batch."""
+        groups = by_picture(self.dataset, sorted(numbers)).values()
+        return [i for group in sorted(groups, key=self.length) for i in group]
+
+    def length(self, numbers):
+        return sum(text_tokens(self.dataset[i]) for i in numbers)
+
+
+def whole_rows(dataset, numbers, rows, tokens):
+    """Batches of at most `rows` rows, each all of a picture's examples among `numbers`; of similar length together.
+
+    A picture whose examples have more than `tokens` tokens takes several rows, in different batches.
+    """
+    parts = defaultdict(list)  # how manieth row of its picture -> [(length, row)]
+    for group in by_picture(dataset, numbers).values():
+        row, length, part = [], 0, 0
+        for i in group:
+            need = text_tokens(dataset[i])
+            if row and length + need > tokens:
+                parts[part].append((length, row))
+                row, length, part = [], 0, part + 1
+            row.append(i)
+            length += need
+        parts[part].append((length, row))
+    batches = []
+    for part in parts.values():
+        ordered = [row for _, row in sorted(part)]
+        batches += [sum(ordered[start : start + rows], []) for start in range(0, len(ordered), rows)]
+    return batches

@@ -1,0 +1,233 @@
+"""What makes a run survive: files written whole or not at all, checkpoints, signals, one run to a folder."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from flags import InputError
+
+
+def sync(path):
+    """Flushes a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_whole(path):
+    """Gives a path beside `path` to write a file or fill a folder at, then puts it in its place in one step.
+
+    Whatever goes wrong, and whenever the process dies, `path` is what it was before or whole.
+
+    Raises:
+        InputError: the disk is full, or the folder can't be written to.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            remove(beside)
+            yield beside
+            for file in sorted(beside.rglob("*")) if beside.is_dir() else []:
+                sync(file)
+            sync(beside)
+            if beside.is_dir():
+                remove(path)
+            beside.replace(path)
+            sync(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove(beside)
+            raise
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:  # torch and safetensors have write errors of their own kinds
+        if any(word in str(error) for word in ("os error", "PytorchStreamWriter", "I/O error", "file write")):
+            raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise
+
+
+def write_text(path, text):
+    with write_whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+class Interrupted(Exception):
+    """The process was asked to end."""
+
+    def __init__(self, signum):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a wish that `check` utters at a safe place; the second ends at once."""
+
+    def __init__(self):
+        self.signum = None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.ask)
+
+    def ask(self, signum, frame):
+        self.signum = signum
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        print(f"\n{signal.Signals(signum).name}: finishing the step. Once more ends at once.", flush=True)
+
+    def check(self):
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+
+@contextlib.contextmanager
+def only_run_in(folder):
+    """Holds the folder for this run.
+
+    Raises:
+        InputError: another run holds it, or it can't be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout:
+        raise InputError(f"another run is writing to {folder}: wait for it, or give another OUTPUT_DIR") from None
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint holds besides weights, optimizer and schedule. Plain JSON."""
+
+    settings: dict  # what would make the run another one if it changed
+    epoch: int = 0  # the epoch under way; epoch 0 is what comes before training
+    step: int = 0  # optimizer steps done in it
+    loss_sum: float = 0.0  # over its answer tokens so far
+    tokens: int = 0
+    seconds: float = 0.0
+    history: list = field(default_factory=list)  # a record an epoch
+    best_epoch: int = 0  # 0: none yet
+    answers_before: dict = field(default_factory=dict)  # {place: answer}
+    answers_best: dict = field(default_factory=dict)
+    left_out: list = field(default_factory=list)  # [place, reason] of examples whose picture broke during the run
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a folder of OUTPUT_DIR: one whole one, and beside it the next while it is written.
+
+    A checkpoint is a folder with accelerate's state (weights, optimizer, schedule), `progress.json`, and
+    `best.safetensors`, the text model's weights of the best epoch so far: a hard link, which costs nothing.
+    """
+
+    def __init__(self, output_dir):
+        self.folder = output_dir / "checkpoints"
+
+    def newest(self):
+        """The newest whole checkpoint, or None."""
+        return max(self.folder.glob("epoch-*"), default=None)
+
+    def save(self, accelerator, progress, is_best):
+        before = self.newest()
+        path = self.folder / f"epoch-{progress.epoch:04d}-step-{progress.step:08d}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with write_whole(path) as beside:
+            accelerator.save_state(str(beside))
+            best = beside / "model.safetensors" if is_best else before and before / "best.safetensors"
+            if best and best.exists():
+                link(best, beside / "best.safetensors")
+            (beside / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        for old in self.folder.iterdir():
+            if old != path:
+                remove(old)
+
+    def progress(self):
+        """The progress that the newest checkpoint holds, as a dictionary; None without one."""
+        newest = self.newest()
+        return None if newest is None else json.loads((newest / "progress.json").read_text(encoding="utf-8"))
+
+    def discard(self):
+        """Removes all checkpoints; one that is half removed is none."""
+        aside = self.folder.with_name(".checkpoints.part")
+        if aside.exists():
+            remove(aside)
+        if self.folder.exists():
+            self.folder.replace(aside)
+            remove(aside)
+
+
+def link(source, target):
+    """A second name for a file; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def move_into(source, target, last):
+    """Moves the files of folder `source` into `target`; of these `last`, without which they count for nothing, last."""
+    (target / last).unlink(missing_ok=True)
+    sync(target)
+    for file in sorted(source.iterdir(), key=lambda file: file.name == last):
+        destination = target / file.name
+        if destination.is_dir():
+            remove(destination)
+        Path(file).replace(destination)
+    sync(target)
+    source.rmdir()
+
+
+def digest(dataset):
+    """A name for what a dataset's examples say, wherever its files lie."""
+    lines = "\n".join(json.dumps([each.picture, each.question, each.answer]) for each in dataset.examples)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def settings_of(constants, may_change, train, valid, vision_encoder):
+    """What makes a run this run: with any of it changed, a checkpoint can't be gone on from."""
+    settings = {name.upper(): value for name, value in vars(constants).items() if name.upper() not in may_change}
+    settings.update(TRAIN_FILE=digest(train), VALID_FILE=digest(valid), vision_encoder=vision_encoder)
+    if constants.lr_schedule != "constant":
+        settings["EPOCHS"] = constants.epochs
+    return json.loads(json.dumps(settings))  # as it comes back from a checkpoint
+
+
+def resume_or_start(checkpoints, settings, overwrite):
+    """The progress to go on from, or a new one.
+
+    Raises:
+        InputError: the checkpoint is of another run, and may not be discarded.
+    """
+    saved = checkpoints.progress()
+    if saved is None:
+        return Progress(settings)
+    names = sorted(settings.keys() | saved["settings"].keys())
+    changed = {name: (saved["settings"].get(name), settings.get(name)) for name in names}
+    changed = [f"{name} was {was}, is {now}" for name, (was, now) in changed.items() if was != now]
+    if not changed:
+        print(f"Going on in epoch {saved['epoch']} after step {saved['step']}, from {checkpoints.newest()}")
+        return Progress(**saved)
+    if not overwrite:
+        raise InputError(
+            f"{checkpoints.folder} is of a run with other settings ({'; '.join(changed)}): "
+            "give another OUTPUT_DIR, or discard that run by --overwrite true"
+        )
+    checkpoints.discard()
+    return Progress(settings)

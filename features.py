@@ -1,0 +1,132 @@
+"""The store of picture features: what the frozen vision encoder says of a picture, computed once and kept on disk.
+
+A picture's features lie in a file of their own, named by the picture's content, in a folder named by the encoder's
+weights. So the next run starts at once, a changed picture or model is encoded anew, and runs may share the folder.
+"""
+
+import contextlib
+import hashlib
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from checkpoints import write_whole
+from pictures import PictureError, pixels_of
+
+CHUNK = 8  # pictures that go through the encoder together; fixed, so that a resumed pass computes the same bits
+
+
+class FeatureStore:
+    """Features by picture key, (729, 2048) each, memory-mapped when read; `folder` None keeps nothing.
+
+    An entry carries a checksum. One that is damaged, of another shape or half-written counts as missing.
+    """
+
+    def __init__(self, folder, vision_encoder, shape):
+        self.shape = tuple(shape)
+        self.dtype = vision_encoder.projection["mlp"].fc1.weight.dtype
+        self.entry_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
+        self.key = weights_key(vision_encoder)
+        self.folder = None if folder is None else Path(folder) / self.key
+
+    def path(self, key):
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def __contains__(self, key):
+        """Whether an entry of the right size is there; only `load` reads it."""
+        with contextlib.suppress(OSError):
+            return self.folder is not None and self.path(key).stat().st_size > self.entry_bytes
+        return False
+
+    def load(self, key):
+        """The features of a picture, or None where there are none or they are damaged."""
+        if key not in self:
+            return None
+        try:
+            with safe_open(self.path(key), framework="pt") as file:
+                features, checksum = file.get_tensor("features"), file.metadata()["crc32"]
+        except (OSError, SafetensorError, KeyError, TypeError):
+            return None
+        is_whole = features.shape == self.shape and features.dtype == self.dtype and crc32(features) == checksum
+        return features if is_whole else None
+
+    def save(self, key, features):
+        if self.folder is not None:
+            features = features.detach().cpu().contiguous()
+            self.path(key).parent.mkdir(parents=True, exist_ok=True)
+            with write_whole(self.path(key)) as path:
+                save_file({"features": features}, path, metadata={"crc32": crc32(features)})
+
+
+def crc32(tensor):
+    return str(zlib.crc32(tensor.view(torch.uint8).numpy()))
+
+
+def weights_key(module):
+    """A name for a module's weights, their type and their shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+class Decoded(torch.utils.data.Dataset):
+    """Chunks of pictures, decoded by the loader's workers: lists of (picture, pixels or PictureError)."""
+
+    def __init__(self, chunks, encoder):
+        self.chunks, self.image_size, self.tile_from = chunks, encoder.image_size, encoder.tile_from
+
+    def __len__(self):
+        return len(self.chunks)
+
+    def __getitem__(self, i):
+        return [(picture, self.decode(picture)) for picture in self.chunks[i]]
+
+    def decode(self, picture):
+        try:
+            return pixels_of(picture, self)
+        except PictureError as error:
+            return error
+
+
+@torch.no_grad()
+def encode_pictures(pictures, vision_encoder, store, workers=0, share=(0, 1), check_stop=lambda: None, show=True):
+    """Encodes and stores the pictures that are not stored yet; returns whether the store is there to be used.
+
+    Args:
+        pictures: list of Picture, distinct by key.
+        share: (this process, processes): which of the chunks this process encodes.
+        check_stop: called between chunks; raises to end the pass, which a later run goes on with.
+    """
+    if store.folder is None:
+        return False
+    chunks = [pictures[i : i + CHUNK] for i in range(0, len(pictures), CHUNK)]
+    chunks = [chunk for chunk in chunks if any(picture.key not in store for picture in chunk)]
+    missing = sum(picture.key not in store for chunk in chunks for picture in chunk)
+    if not missing:
+        return True
+    store.folder.mkdir(parents=True, exist_ok=True)
+    need, free = missing * store.entry_bytes, shutil.disk_usage(store.folder).free
+    if show:
+        print(f"Encoding {missing:,} pictures into {store.folder} ({need / 2**30:,.2f} GiB, {free / 2**30:,.1f} free)")
+    if need > free:
+        if show:
+            print("That does not fit: each picture will be encoded whenever it is needed instead.")
+        return False
+    loader = DataLoader(Decoded(chunks[share[0] :: share[1]], vision_encoder), None, num_workers=workers)
+    for chunk in tqdm(loader, "Encoding", unit=" batches", disable=not show):
+        check_stop()
+        usable = [(picture, pixels) for picture, pixels in chunk if torch.is_tensor(pixels)]
+        if usable:
+            features = vision_encoder([pixels for _, pixels in usable])
+            for (picture, _), each in zip(usable, features, strict=True):
+                if picture.key not in store:
+                    store.save(picture.key, each)
+    return True

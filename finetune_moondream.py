@@ -1,0 +1,668 @@
+"""Fine-tunes Moondream2 on your own pictures and questions: edit the constants, run the file.
+
+What happens in a run, in the order of this file: data, model, rows, loss, training, saving. Data is two files of lines
+`{"image_path": ..., "question": ..., "answer": ...}`. README.md tells what a user asks next.
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import transformers
+from accelerate import Accelerator
+from data_summary import format_table, summarize
+from optimi import AdamW
+from report import write_report
+from safetensors.torch import load_model as load_weights
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
+
+import flags
+from batching import StepSampler, whole_rows
+from checkpoints import (
+    Checkpoints,
+    Interrupted,
+    Progress,
+    Stop,
+    move_into,
+    only_run_in,
+    resume_or_start,
+    settings_of,
+    write_text,
+    write_whole,
+)
+from features import FeatureStore, encode_pictures
+from flags import InputError
+from jsonl import read_lines
+from model_card import how_to_ask, model_card, predictions, report_of
+from modeling_moondream2 import Moondream, MoondreamConfig, lay_out_rows, prompt_text, row_mask
+from pictures import PictureError, find_picture, inspect_all, pixels_of
+from scoring import is_correct
+
+# Each constant is also a flag: `EPOCHS` is `--epochs 3` on the command line.
+MODEL_ID: str = "vikhyatk/moondream2"  # a hub repository or a local folder
+REVISION: str = "92d3d73b6fd61ab84d9fe093a9c7fd8c04bf2c0d"  # of the hub: the commit of 2024-08-26; tags can move
+TRAIN_FILE: str = "train.jsonl"  # one {"image_path", "question", "answer"} a line
+VALID_FILE: str = "valid.jsonl"  # other pictures than those in TRAIN_FILE: they judge each epoch
+OUTPUT_DIR: str = "./moondream_crosswalks_finetuned"  # the saved model, the log and the report
+FEATURES_DIR: str | None = "./features"  # keeps what the vision encoder says of each picture, 3 MB each; None: nothing
+EPOCHS: int = 5  # passes over the training data; the best one is saved, so more cost only time
+BATCH_SIZE: int = 2  # questions in a micro-batch of one process: the most that fits, then GRAD_ACCUM_STEPS
+GRAD_ACCUM_STEPS: int = 1  # micro-batches in an optimizer step
+GROUP_BY_PICTURE: bool = False  # draw a picture's questions together: faster, as they share it, but less mixed steps
+LEARNING_RATE: float = 3e-5  # small, as every weight of the text model moves
+LR_SCHEDULE: str = "constant"  # constant, linear or cosine, over optimizer steps
+WARMUP_STEPS: int = 0  # optimizer steps over which the rate rises from 0
+WEIGHT_DECAY: float = 0.01  # a step, times the rate; norms and biases are exempt
+BETAS: tuple[float, float] = (0.9, 0.99)  # AdamW's memory of gradients and of their squares
+MAX_GRAD_NORM: float = 1.0  # longer gradients are scaled down to this
+GRADIENT_CHECKPOINTING: bool = False  # compute activations twice instead of keeping them: a third slower, leaner
+PATIENCE: int | None = None  # stop after so many epochs without a better validation loss; None: never
+VALID_ANSWERS: int = 1000  # validation questions answered before training and after each epoch, at most
+CHECKPOINT_STEPS: int = 1000  # optimizer steps between checkpoints, besides one an epoch
+OVERWRITE: bool = False  # discard what OUTPUT_DIR holds, a finished model or a run to go on with
+TRACKER: str | None = None  # "tensorboard", "wandb", "trackio": where losses go besides OUTPUT_DIR
+SEED: int = 0  # of the order in which examples are drawn
+
+MAY_BE_ZERO = ("WARMUP_STEPS", "WEIGHT_DECAY", "VALID_ANSWERS", "SEED")
+CHOICES = {"LR_SCHEDULE": ("constant", "linear", "cosine"), "TRACKER": ("tensorboard", "wandb", "trackio")}
+MAY_CHANGE = ("EPOCHS", "OUTPUT_DIR", "FEATURES_DIR", "PATIENCE", "CHECKPOINT_STEPS", "OVERWRITE", "TRACKER")
+MAX_NEW_TOKENS = 64  # an answer that is longer is cut off
+WORKERS = 4  # processes that decode pictures and read features, on a GPU
+BAD_STEPS = 3  # steps in a row without a finite gradient that end a run
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Example:
+    """A line: `place` is its file:line, `picture` the key of what its picture shows."""
+
+    place: str
+    image_path: str
+    question: str
+    answer: str
+    picture: str = ""
+    prompt_ids: list[int] = field(default_factory=list)
+    answer_ids: list[int] = field(default_factory=list)
+
+
+class VQADataset(Dataset):
+    """The examples of a JSONL file whose pictures can be used.
+
+    Attributes:
+        examples: list of Example.
+        pictures: {key: Picture}, one for each different content.
+        skipped: list of (place, reason) of the lines left out.
+    Raises:
+        InputError: the file can't be read, lines are malformed, or no example is left.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.examples, self.pictures, self.skipped = [], {}, []
+        lines = [Example(place, **texts) for place, texts in read_lines(self.path)]
+        found = {name: find_picture(self.path, name) for name in dict.fromkeys(line.image_path for line in lines)}
+        inspected = inspect_all({file for file in found.values() if file is not None})
+        for line in lines:
+            picture = inspected.get(found[line.image_path])
+            if picture is None:
+                self.skipped.append((line.place, f"picture not found: {line.image_path}"))
+            elif isinstance(picture, PictureError):
+                self.skipped.append((line.place, f"picture broken: {line.image_path}: {picture}"))
+            else:
+                line.picture = self.pictures.setdefault(picture.key, picture).key
+                self.examples.append(line)
+        self.require_examples()
+
+    def tokenize(self, tokenizer, room):
+        """Gives each example its token ids and leaves out those with more than `room` of them."""
+        if not tokenizer.eos_token_id == tokenizer.bos_token_id is not None:
+            raise InputError("the tokenizer is not Moondream2's: its texts begin and end with <|endoftext|>")
+        prompts = [prompt_text(example.question) for example in self.examples]
+        answers = [f" {example.answer}" for example in self.examples]
+        prompts, answers = (tokenizer(texts, add_special_tokens=False).input_ids for texts in (prompts, answers))
+        fitting = []
+        for example, prompt, answer in zip(self.examples, prompts, answers, strict=True):
+            example.prompt_ids, example.answer_ids = prompt, [*answer, tokenizer.eos_token_id]
+            tokens = len(prompt) + len(answer) + 1
+            if tokens <= room:
+                fitting.append(example)
+            else:
+                self.skipped.append((example.place, f"too long: {tokens} tokens behind the picture, {room} fit"))
+        self.examples = fitting
+        self.pictures = {key: self.pictures[key] for key in dict.fromkeys(example.picture for example in fitting)}
+        self.require_examples()
+
+    def require_examples(self):
+        if not self.examples:
+            reasons = "\n".join(f"  {place}: {reason}" for place, reason in self.skipped[:10])
+            raise InputError(f"{self.path} has no example that can be used\n{reasons}".strip())
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, i):
+        return self.examples[i]
+
+
+def print_skipped(dataset, most=5):
+    """How many lines were left out, and the first of them."""
+    if dataset.skipped:
+        print(f"{dataset.path}: {len(dataset.skipped)} lines skipped, {len(dataset)} left")
+        print("\n".join(f"  {place}: {reason}" for place, reason in dataset.skipped[:most]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def revision_of(model_id, revision):
+    """A local folder has no revision."""
+    return None if Path(model_id).is_dir() else revision
+
+
+@contextmanager
+def explained(model_id):
+    """Says in one line why a model can't be had, or that it is another one."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot load {model_id}: {first_line(error)} On a machine without network, fetch it elsewhere by `hf download "
+            f"{MODEL_ID} --revision {REVISION} --local-dir moondream2`, copy the folder and give its path as --model_id; "
+            f"--model_id tests/tiny_moondream2 runs without the hub"
+        ) from None
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise wrong_model(model_id, first_line(error)) from error
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def wrong_model(model_id, found):
+    return InputError(f"{model_id} is not Moondream2 of 2024-08-26 ({found}): use {MODEL_ID} at REVISION {REVISION}")
+
+
+def load_tokenizer(model_id, revision):
+    """The model's configuration and tokenizer, without its weights.
+
+    Raises:
+        InputError: they can't be had, or are another model's.
+    """
+    revision = revision_of(model_id, revision)
+    with explained(model_id):
+        config = AutoConfig.from_pretrained(model_id, revision=revision)
+        if not isinstance(config, MoondreamConfig) or config.architectures != ["Moondream"]:
+            raise wrong_model(model_id, f"found {config.model_type}, {config.architectures}")
+        return config, AutoTokenizer.from_pretrained(model_id, revision=revision)
+
+
+def load_model(model_id, revision):
+    """Moondream2 in bfloat16, its vision encoder frozen.
+
+    Raises:
+        InputError: it can't be had, or its weights are another model's.
+    """
+    with explained(model_id):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            model_id, revision=revision_of(model_id, revision), dtype=torch.bfloat16, output_loading_info=True
+        )
+    if loaded["missing_keys"]:
+        raise wrong_model(model_id, f"its weights lack {min(loaded['missing_keys'])}")
+    model.vision_encoder.requires_grad_(False)
+    return model.eval()
+
+
+def print_parameters(model):
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"Trainable parameters: {trainable:,} of {sum(p.numel() for p in model.parameters()):,}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows: a picture with its questions and answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Collator:
+    """Lays a micro-batch of examples out in rows, one for each picture, and brings its features or its pixels.
+
+    Returns a dictionary: `input_ids`, `segments`, `position_ids` of `lay_out_rows`; `labels` (rows, tokens), -100
+    but on answers; `scored` (n,), the flat positions that predict an answer token; `pictures`, for each row (Picture,
+    features or pixels); `examples`, for each row a list; `failed`, a list of (place, reason) left out.
+    """
+
+    def __init__(self, model, tokenizer, store, pictures):
+        self.bos, self.image_tokens = tokenizer.bos_token_id, model.config.image_tokens
+        self.image_size, self.tile_from = model.vision_encoder.image_size, model.vision_encoder.tile_from
+        self.store, self.pictures = store, pictures
+
+    def __call__(self, examples):
+        by_picture = defaultdict(list)
+        for example in examples:
+            by_picture[example.picture].append(example)
+        rows, pictures, failed = [], [], []
+        for key, row in by_picture.items():
+            try:
+                features = self.store.load(key)
+                features = pixels_of(self.pictures[key], self) if features is None else features
+            except PictureError as error:
+                failed += [(example.place, f"picture broken: {example.image_path}: {error}") for example in row]
+            else:
+                rows.append(row)
+                pictures.append((self.pictures[key], features))
+        return {**self.lay_out(rows), "pictures": pictures, "examples": rows, "failed": failed}
+
+    def lay_out(self, rows):
+        if not rows:
+            return {}
+        texts = [[example.prompt_ids + example.answer_ids for example in row] for row in rows]
+        layout = lay_out_rows(texts, self.bos, self.image_tokens)
+        labels = torch.full_like(layout["segments"], -100)
+        for r, row in enumerate(rows):
+            end = 1 + self.image_tokens
+            for example in row:
+                start, end = end + len(example.prompt_ids), end + len(example.prompt_ids) + len(example.answer_ids)
+                labels[r, start:end] = torch.tensor(example.answer_ids)
+        scored = (F.pad(labels[:, 1:], (0, 1), value=-100).flatten() != -100).nonzero()[:, 0]
+        return {**layout, "labels": labels, "scored": scored}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def image_embeds(batch, vision_encoder, store, device):
+    """The (rows, 729, 2048) features of a batch; pictures that came as pixels are encoded, and stored."""
+    features = [each for _, each in batch["pictures"]]
+    fresh = [r for r, each in enumerate(features) if each.dim() == 3]
+    if fresh:
+        with torch.no_grad():
+            encoded = vision_encoder([features[r] for r in fresh])
+        for r, each in zip(fresh, encoded, strict=True):
+            features[r] = each
+            store.save(batch["pictures"][r][0].key, each)
+    return torch.stack([each.to(device, non_blocking=True) for each in features])
+
+
+def loss_sum(text_model, batch, embeds, num_items=1):
+    """The summed cross-entropy of a batch's answer tokens, in float32, divided by `num_items`."""
+    names = ("input_ids", "position_ids", "labels", "scored", "segments")
+    tensors = {name: batch[name].to(embeds.device, non_blocking=True) for name in names}
+    segments = tensors.pop("segments")
+    # Rows of one question need no mask: causal attention never looks at the padding behind them.
+    mask = row_mask(segments) if any(len(row) > 1 for row in batch["examples"]) else None
+    return text_model(**tensors, image_embeds=embeds, attention_mask=mask, num_items_in_batch=num_items).loss
+
+
+@torch.no_grad()
+def evaluate(run):
+    """Validation Avg Loss: the mean over all answer tokens, in which each example counts once."""
+    run.model.eval()
+    batches = whole_rows(run.valid, range(len(run.valid)), 4 * run.constants.batch_size, run.room)
+    losses, tokens = [], 0
+    for batch in collated(run, run.valid, batches, "Validating"):
+        run.stop.check()
+        if batch["examples"]:
+            embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
+            losses.append(loss_sum(run.model.text_model, batch, embeds))
+            tokens += len(batch["scored"])
+    if not tokens:
+        raise InputError(f"no picture of {run.constants.valid_file} can be read any more")
+    return torch.stack(losses).cpu().double().sum().item() / tokens
+
+
+def answer(run):
+    """{place: answer} for the validation examples that are asked, decoded greedily, a picture's questions at once."""
+    run.model.eval()
+    numbers = random.Random(run.constants.seed).sample(range(len(run.valid)), len(run.valid))
+    numbers = sorted(numbers[: run.constants.valid_answers])
+    answers = {}
+    for batch in collated(
+        run, run.valid, whole_rows(run.valid, numbers, 4 * run.constants.batch_size, run.room), "Answering"
+    ):
+        run.stop.check()
+        if batch["examples"]:
+            embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
+            questions = [[example.question for example in row] for row in batch["examples"]]
+            rows = run.model.answer_questions(embeds, questions, run.tokenizer, MAX_NEW_TOKENS)
+            for row, texts in zip(batch["examples"], rows, strict=True):
+                answers.update((example.place, text) for example, text in zip(row, texts, strict=True))
+    return answers
+
+
+def accuracy(dataset, answers):
+    """The share of the answered examples whose answer is right; None where none was asked."""
+    right = [is_correct(answers[each.place], each.answer) for each in dataset.examples if each.place in answers]
+    return sum(right) / len(right) if right else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """Everything that a run holds, from its first step to its saved model."""
+
+    constants: SimpleNamespace
+    accelerator: Accelerator
+    stop: Stop
+    output_dir: Path
+    train: VQADataset
+    valid: VQADataset
+    data: dict  # their summary
+    model: Moondream
+    text_model: torch.nn.Module  # the model's, as accelerate wraps it
+    tokenizer: PreTrainedTokenizerBase
+    store: FeatureStore
+    collate: Collator
+    sampler: StepSampler
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    checkpoints: Checkpoints
+    progress: Progress
+    room: int  # tokens that fit behind a picture
+
+    @property
+    def device(self):
+        return self.accelerator.device
+
+
+def collated(run, dataset, batches, title, done=0):
+    """The collated batches, behind a progress bar, read ahead by worker processes where a GPU would wait for them."""
+    is_cuda = run.device.type == "cuda"
+    data = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=run.collate,
+        num_workers=WORKERS if is_cuda else 0,
+        prefetch_factor=4 if is_cuda else None,
+        pin_memory=is_cuda,
+        generator=torch.Generator(),  # a loader seeds its workers; from the global one training would miss the draw
+    )
+    with tqdm(data, title, len(batches) + done, initial=done, unit="", leave=False, mininterval=0.5) as bar:
+        for batch in bar:
+            report_failed(run.progress, batch["failed"])
+            yield batch
+            if run.progress.tokens:
+                bar.set_postfix_str(f"loss {run.progress.loss_sum / run.progress.tokens:.4f}", refresh=False)
+
+
+def report_failed(progress, failed):
+    """Says which examples fell out because their picture disappeared or broke during the run, each once."""
+    known = {place for place, _ in progress.left_out}
+    for place, reason in failed:
+        if place not in known:
+            progress.left_out.append([place, reason])
+            tqdm.write(f"left out {place}: {reason} ({len(progress.left_out)} so far)")
+
+
+def build_optimizer(model, learning_rate, weight_decay, betas):
+    """AdamW over the parameters that need gradients; norms and biases are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=learning_rate, betas=betas, kahan_sum=True)
+
+
+def build_scheduler(optimizer, name, warmup_steps, steps):
+    name = "constant_with_warmup" if name == "constant" and warmup_steps else name
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+
+
+def train_step(run, batches):
+    """One optimizer step over the answer tokens of some micro-batches.
+
+    Returns the mean loss, the gradient's length before clipping, and the number of tokens. Where loss or gradient is
+    not finite, nothing is updated.
+    """
+    batches = [batch for batch in batches if batch["examples"]]
+    tokens = sum(len(batch["scored"]) for batch in batches)
+    if not tokens:
+        return 0.0, 0.0, 0
+    losses = []
+    for batch in batches:
+        embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
+        loss = loss_sum(run.text_model, batch, embeds, tokens)
+        run.accelerator.backward(loss)
+        losses.append(loss.detach())
+    norm = run.accelerator.clip_grad_norm_(run.text_model.parameters(), run.constants.max_grad_norm)
+    loss, norm = torch.stack([torch.stack(losses).sum(), norm.float()]).tolist()
+    if math.isfinite(loss) and math.isfinite(norm):
+        run.optimizer.step()
+        run.scheduler.step()
+    run.optimizer.zero_grad()
+    return loss, norm, tokens
+
+
+def train_epoch(run):
+    """The steps of the epoch under way that are still to be done."""
+    progress, constants, sampler = run.progress, run.constants, run.sampler
+    sampler.epoch, sampler.first_step = progress.epoch, progress.step
+    run.model.train()
+    title, done = f"Epoch {progress.epoch} of {constants.epochs}", progress.step * constants.grad_accum_steps
+    batches, bad, clock = [], 0, time.monotonic() - progress.seconds
+    for batch in collated(run, run.train, sampler, title, done):
+        batches.append(batch)
+        if len(batches) < constants.grad_accum_steps:
+            continue
+        loss, norm, tokens = train_step(run, batches)
+        if math.isfinite(loss) and math.isfinite(norm):
+            bad = 0
+            progress.loss_sum += loss * tokens
+            progress.tokens += tokens
+        else:
+            bad += 1
+            report_bad_step(batches, loss, norm, bad)
+        batches = []
+        progress.step += 1
+        progress.seconds = time.monotonic() - clock
+        step = (progress.epoch - 1) * sampler.steps + progress.step
+        scores = {"train_loss": loss, "grad_norm": norm, "learning_rate": run.optimizer.param_groups[0]["lr"]}
+        run.accelerator.log(scores, step)
+        run.stop.check()
+        if step % constants.checkpoint_steps == 0 and not bad:
+            run.checkpoints.save(run.accelerator, progress, is_best=False)
+
+
+def report_bad_step(batches, loss, norm, bad):
+    """Names the examples of a step that was not applied; ends the run after a few in a row."""
+    places = [example.place for batch in batches for row in batch["examples"] for example in row]
+    tqdm.write(f"Step not applied: loss {loss}, gradient {norm}; its examples: {', '.join(places)}")
+    if bad == BAD_STEPS:
+        raise InputError(
+            f"{bad} steps in a row without a finite loss and gradient: a lower LEARNING_RATE may help; "
+            "the last checkpoint is kept"
+        )
+
+
+def finish_epoch(run):
+    """Validates, answers, records the epoch, and checkpoints it with the best epoch's weights."""
+    progress, constants = run.progress, run.constants
+    clock = time.monotonic() - progress.seconds
+    valid_loss, answers = evaluate(run), answer(run)
+    record = {
+        "epoch": progress.epoch,
+        "train_loss": progress.loss_sum / progress.tokens if progress.tokens else None,
+        "valid_loss": valid_loss,
+        "valid_accuracy": accuracy(run.valid, answers),
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "seconds": round(time.monotonic() - clock, 3),
+    }
+    trained = [each["valid_loss"] for each in progress.history if each["epoch"]]
+    is_best = progress.epoch > 0 and valid_loss < min(trained, default=math.inf)
+    if is_best:
+        progress.best_epoch, progress.answers_best = progress.epoch, answers
+    if not progress.epoch:
+        progress.answers_before = answers
+    progress.history.append(record)
+    progress.epoch, progress.step = progress.epoch + 1, 0
+    progress.loss_sum, progress.tokens, progress.seconds = 0.0, 0, 0.0
+    print_record(record, constants.epochs)
+    if record["epoch"]:
+        run.checkpoints.save(run.accelerator, progress, is_best)
+    write_text(run.output_dir / "training_log.jsonl", "".join(json.dumps(each) + "\n" for each in progress.history))
+    scores = {name: record[name] for name in ("valid_loss", "valid_accuracy") if record[name] is not None}
+    run.accelerator.log(scores, record["epoch"] * run.sampler.steps)
+
+
+def print_record(record, epochs):
+    name = f"Epoch {record['epoch']} of {epochs}" if record["epoch"] else "Before training"
+    parts = [] if record["train_loss"] is None else [f"Training Avg Loss: {record['train_loss']:.4f}"]
+    parts.append(f"Validation Avg Loss: {record['valid_loss']:.4f}")
+    if record["valid_accuracy"] is not None:
+        parts.append(f"Validation accuracy: {record['valid_accuracy']:.1%}")
+    print(f"{name}: {', '.join(parts)} ({record['seconds']:.0f} s)", flush=True)
+
+
+def train(run):
+    """Epoch after epoch, to the last or until patience ends; asked to stop, it leaves a checkpoint."""
+    progress, constants = run.progress, run.constants
+    try:
+        while progress.epoch <= constants.epochs:
+            waited = progress.epoch - 1 - progress.best_epoch
+            if progress.best_epoch and constants.patience is not None and waited >= constants.patience:
+                print(f"No better validation loss for {waited} epochs: stopping early.")
+                break
+            if progress.epoch:
+                train_epoch(run)
+            finish_epoch(run)
+    except Interrupted:
+        if progress.epoch:
+            run.checkpoints.save(run.accelerator, progress, is_best=False)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save(run):
+    """Puts the best epoch's model, its card, the answers and the report into OUTPUT_DIR; the checkpoints go."""
+    load_weights(run.model.text_model, run.checkpoints.newest() / "best.safetensors")
+    folder = run.checkpoints.folder / "model"
+    with write_whole(folder) as beside:
+        run.model.config.auto_map = {}  # the hub's; save_pretrained enters this project's own file
+        run.model.save_pretrained(beside)
+        run.tokenizer.save_pretrained(beside)
+        (beside / "README.md").write_text(model_card(run), encoding="utf-8")
+    answers = predictions(run)
+    write_text(run.output_dir / "predictions.jsonl", "".join(json.dumps(each) + "\n" for each in answers))
+    write_report(run.output_dir / "report.html", report_of(run, answers))
+    move_into(folder, run.output_dir, last="config.json")
+    run.checkpoints.discard()
+
+
+def print_best(progress, epochs):
+    losses = {each["epoch"]: each["valid_loss"] for each in progress.history if each["epoch"]}
+    print(f"Best epoch: {progress.best_epoch} of {epochs} (Validation Avg Loss {losses[progress.best_epoch]:.4f})")
+    after = [f"{loss:.4f}" for epoch, loss in losses.items() if epoch > progress.best_epoch]
+    if after:
+        print(f"What followed was worse and is not in the saved model: {', '.join(after)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(constants, accelerator, stop):
+    """All that a run needs before its first step: data, model, features, optimizer, and where it stands."""
+    train, valid = VQADataset(constants.train_file), VQADataset(constants.valid_file)
+    config, tokenizer = load_tokenizer(constants.model_id, constants.revision)
+    room = config.text_config.max_position_embeddings - 1 - config.image_tokens
+    for dataset in (train, valid):
+        dataset.tokenize(tokenizer, room)
+        print_skipped(dataset)
+    data = summarize(train, valid)
+    print(format_table(data))
+    model = load_model(constants.model_id, constants.revision)
+    print_parameters(model)
+    model.to(accelerator.device)
+    if constants.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    shape = (config.image_tokens, config.text_config.hidden_size)
+    store = FeatureStore(constants.features_dir, model.vision_encoder, shape)
+    checkpoints = Checkpoints(Path(constants.output_dir))
+    settings = settings_of(constants, MAY_CHANGE, train, valid, store.key)
+    progress = resume_or_start(checkpoints, settings, constants.overwrite)
+    pictures = train.pictures | valid.pictures
+    encode_pictures(list(pictures.values()), model.vision_encoder, store, check_stop=stop.check)
+
+    accum, group = constants.grad_accum_steps, constants.group_by_picture
+    sampler = StepSampler(train, constants.batch_size, accum, group, constants.seed)
+    optimizer = build_optimizer(model.text_model, constants.learning_rate, constants.weight_decay, constants.betas)
+    steps = constants.epochs * sampler.steps
+    scheduler = build_scheduler(optimizer, constants.lr_schedule, constants.warmup_steps, steps)
+    text_model, optimizer = accelerator.prepare(model.text_model, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+    if checkpoints.newest():
+        accelerator.load_state(str(checkpoints.newest()))
+    return Run(
+        constants=constants,
+        accelerator=accelerator,
+        stop=stop,
+        output_dir=Path(constants.output_dir),
+        train=train,
+        valid=valid,
+        data=data,
+        model=model,
+        text_model=text_model,
+        tokenizer=tokenizer,
+        store=store,
+        collate=Collator(model, tokenizer, store, pictures),
+        sampler=sampler,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        checkpoints=checkpoints,
+        progress=progress,
+        room=room,
+    )
+
+
+def main():
+    constants = flags.parse(globals(), sys.argv[1:], MAY_BE_ZERO, CHOICES)
+    output_dir = Path(constants.output_dir)
+    transformers.utils.logging.set_verbosity_error()
+    with only_run_in(output_dir):
+        is_finished = (output_dir / "config.json").exists() and not Checkpoints(output_dir).newest()
+        if is_finished and not constants.overwrite:
+            raise InputError(f"{output_dir} holds a finished model: give another OUTPUT_DIR or --overwrite true")
+        accelerator = Accelerator(mixed_precision="no", log_with=constants.tracker, project_dir=output_dir)
+        accelerator.init_trackers("finetune_moondream", {name: str(value) for name, value in vars(constants).items()})
+        try:
+            run = prepare(constants, accelerator, Stop())
+            train(run)
+        except Interrupted as interrupted:
+            print(f"Stopped by {interrupted}. The same command goes on from there.")
+            sys.exit(128 + interrupted.signum)
+        save(run)
+        accelerator.end_training()
+    print_best(run.progress, constants.epochs)
+    print(f"Saved to {output_dir}, with report.html to look at. To ask it:\n")
+    print(how_to_ask(constants.output_dir, run.valid[0]))
+
+
+if __name__ == "__main__":
+    flags.run(main)

@@ -1,0 +1,196 @@
+"""The feature store: each picture encoded once, nothing damaged ever used, nothing lost when killed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import dataset, draw_picture, make_run
+
+import features
+import finetune_moondream as script
+from features import FeatureStore, encode_pictures
+from pictures import inspect, pixels_of
+
+
+@pytest.fixture
+def train(data, tokenizer):
+    return dataset(data / "train.jsonl", tokenizer)
+
+
+@pytest.fixture
+def store(tiny, tmp_path):
+    return FeatureStore(tmp_path / "features", tiny.vision_encoder, (81, tiny.config.text_config.hidden_size))
+
+
+@pytest.fixture
+def encoded(tiny, monkeypatch):
+    """How many pictures went through the vision encoder, call by call."""
+    calls = []
+    tiny.vision_encoder.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    return calls
+
+
+def entry(store, picture):
+    return store.path(picture.key)
+
+
+def test_each_picture_is_encoded_once_and_never_again(tiny, train, store, encoded):
+    pictures = list(train.pictures.values())
+    assert encode_pictures(pictures, tiny.vision_encoder, store, show=False)
+    assert sum(encoded) == len(pictures)
+    for picture in pictures:
+        with torch.no_grad():
+            expected = tiny.vision_encoder([pixels_of(picture, tiny.vision_encoder)])[0]
+        torch.testing.assert_close(store.load(picture.key), expected, atol=1e-5, rtol=1e-5)
+    encoded.clear()
+    again = FeatureStore(store.folder.parent, tiny.vision_encoder, store.shape)
+    assert encode_pictures(pictures, tiny.vision_encoder, again, show=False)
+    assert encoded == []
+
+
+def test_a_changed_picture_or_encoder_is_encoded_anew(tiny, train, store, encoded):
+    pictures = list(train.pictures.values())
+    encode_pictures(pictures, tiny.vision_encoder, store, show=False)
+    encoded.clear()
+    draw_picture(pictures[0].path, 77)
+    encode_pictures([inspect(pictures[0].path), *pictures[1:]], tiny.vision_encoder, store, show=False)
+    assert store.load(inspect(pictures[0].path).key) is not None
+    assert store.load(pictures[0].key) is not None  # the old picture's stay for whoever still has it
+    with torch.no_grad():
+        tiny.vision_encoder.projection.mlp.fc2.bias[0] += 1
+    other = FeatureStore(store.folder.parent, tiny.vision_encoder, store.shape)
+    assert other.folder != store.folder and other.load(pictures[1].key) is None
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[:-100]
+    elif how == "flipped":
+        content[-50] ^= 1
+    elif how == "empty":
+        content = b""
+    elif how == "noise":
+        content[:] = bytes(len(content))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "noise"])
+def test_a_damaged_entry_is_found_and_made_again(tiny, tokenizer, train, store, encoded, how):
+    encode_pictures(list(train.pictures.values()), tiny.vision_encoder, store, show=False)
+    example = train[0]
+    whole = store.load(example.picture).clone()
+    damage(store.path(example.picture), how)
+    assert store.load(example.picture) is None
+    encoded.clear()
+    collate = script.Collator(tiny, tokenizer, store, train.pictures)
+    embeds = script.image_embeds(collate([example]), tiny.vision_encoder, store, "cpu")
+    torch.testing.assert_close(embeds[0], whole, atol=1e-5, rtol=1e-5)
+    assert encoded == [1]
+    assert store.load(example.picture) is not None
+
+
+def test_an_entry_of_another_picture_is_not_taken(tiny, train, store):
+    pictures = list(train.pictures.values())
+    encode_pictures(pictures, tiny.vision_encoder, store, show=False)
+    first, second = (store.load(p.key).clone() for p in pictures[:2])
+    assert not torch.equal(first, second)
+
+
+def test_a_killed_pass_goes_on_with_the_same_bits(tiny, train, store, encoded, monkeypatch, tmp_path):
+    monkeypatch.setattr(features, "CHUNK", 3)
+    tiny.bfloat16()
+    pictures = list(train.pictures.values())
+    shape = store.shape
+    whole = FeatureStore(tmp_path / "whole", tiny.vision_encoder, shape)
+    encode_pictures(pictures, tiny.vision_encoder, whole, show=False)
+    cut = FeatureStore(tmp_path / "cut", tiny.vision_encoder, shape)
+    saved, save = [], cut.save
+
+    def save_some(key, tensor):
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+        saved.append(key)
+        save(key, tensor)
+
+    cut.save = save_some
+    with pytest.raises(KeyboardInterrupt):
+        encode_pictures(pictures, tiny.vision_encoder, cut, show=False)
+    cut.save = save
+    encoded.clear()
+    encode_pictures(pictures, tiny.vision_encoder, cut, show=False)
+    assert sum(encoded) == 5  # of 8 pictures in chunks of 3 the first chunk was whole
+    for picture in pictures:
+        assert torch.equal(cut.load(picture.key), whole.load(picture.key))
+
+
+def test_without_room_pictures_are_encoded_on_the_fly(tiny, tokenizer, train, store, monkeypatch, capsys):
+    usage = shutil.disk_usage(store.folder.parents[1])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert not encode_pictures(list(train.pictures.values()), tiny.vision_encoder, store)
+    out = capsys.readouterr().out
+    assert "Encoding 8 pictures" in out and "does not fit" in out
+    assert not list(store.folder.rglob("*.safetensors"))
+
+
+def test_the_disk_it_takes_is_said_before(tiny, train, store, capsys):
+    encode_pictures(list(train.pictures.values()), tiny.vision_encoder, store)
+    bytes_each = 81 * tiny.config.text_config.hidden_size * 4
+    assert f"{8 * bytes_each / 2**30:,.2f} GiB" in capsys.readouterr().out
+    on_disk = sum(file.stat().st_size for file in store.folder.rglob("*.safetensors"))
+    assert on_disk == pytest.approx(8 * bytes_each, rel=0.01)
+
+
+def test_worker_processes_decode_as_the_main_one_does(tiny, train, store, tmp_path):
+    pictures = list(train.pictures.values())
+    encode_pictures(pictures, tiny.vision_encoder, store, show=False)
+    other = FeatureStore(tmp_path / "other", tiny.vision_encoder, store.shape)
+    encode_pictures(pictures, tiny.vision_encoder, other, workers=2, show=False)
+    assert all(torch.equal(other.load(p.key), store.load(p.key)) for p in pictures)
+
+
+def test_a_picture_that_breaks_in_the_run_is_named_and_left_out(data, tiny, tokenizer, train, capsys):
+    valid = dataset(data / "valid.jsonl", tokenizer)
+    Path(train.pictures[train[1].picture].path).write_bytes(b"broken")  # has 4 questions
+    draw_picture(train.pictures[train[0].picture].path, 99)  # has 1, and is another picture now
+    run = make_run(tiny, tokenizer, train, valid, batch_size=4)
+    script.train_epoch(run)
+    out = capsys.readouterr().out
+    assert len(run.progress.left_out) == 5
+    for number in range(1, 6):
+        assert out.count(f"left out {data}/train.jsonl:{number}: picture broken") == 1
+    assert run.progress.tokens == sum(len(example.answer_ids) for example in train.examples[5:])
+
+
+def test_a_run_encodes_each_picture_once(data, run_main, tmp_path, monkeypatch):
+    calls = []
+    load = script.load_model
+
+    def load_and_count(*args):
+        model = load(*args)
+        model.vision_encoder.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+        return model
+
+    monkeypatch.setattr(script, "load_model", load_and_count)
+    flags = {
+        "model_id": Path(__file__).parent / "tiny_moondream2",
+        "train_file": data / "train.jsonl",
+        "valid_file": data / "valid.jsonl",
+        "features_dir": tmp_path / "features",
+        "batch_size": 4,
+        "epochs": 2,
+        "valid_answers": 2,
+    }
+    run_main(output_dir=tmp_path / "one", **flags)
+    assert sum(calls) == 11
+    calls.clear()
+    run_main(output_dir=tmp_path / "two", learning_rate=1e-4, **flags)
+    assert calls == []
+    flags["features_dir"] = "none"
+    run_main(output_dir=tmp_path / "three", **flags)
+    assert sum(calls) > 11
+    logs = [(tmp_path / name / "training_log.jsonl").read_text().splitlines() for name in ("one", "three")]
+    first, third = (json.loads(log[-1])["valid_loss"] for log in logs)
+    assert first == pytest.approx(third, rel=0.02)  # bfloat16: other batches of pictures, other roundings

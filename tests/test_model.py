@@ -1,0 +1,247 @@
+"""The model behind the Auto classes: loading, saving, asking. Runs on every transformers release that is supported."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modeling_moondream2
+from modeling_moondream2 import lay_out_rows, preprocess, prompt_text, row_mask, upright_rgb
+
+TINY = Path(__file__).parent / "tiny_moondream2"
+DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # its name in from_pretrained
+REVISION = "92d3d73b6fd61ab84d9fe093a9c7fd8c04bf2c0d"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture
+def model():
+    return AutoModelForCausalLM.from_pretrained(TINY, **{DTYPE: torch.float32}).eval()
+
+
+def picture(size=(300, 200), colour="teal"):
+    image = Image.new("RGB", size, colour)
+    image.paste("white", (size[0] // 3, 10, size[0] // 2, size[1] // 2))
+    return image
+
+
+def python(code, cwd, *options, **environment):
+    """What a process prints that runs `code`."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    process = subprocess.run(
+        [sys.executable, *options, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_loads_from_the_hub_without_running_its_code(tmp_path):
+    snapshot = tmp_path / "hub" / "models--vikhyatk--moondream2" / "snapshots" / REVISION
+    shutil.copytree(TINY, snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "2024-08-26").write_text(REVISION)
+    config = json.loads((TINY / "config.json").read_text())
+    hub = {
+        "architectures": ["Moondream"],
+        "auto_map": {
+            "AutoConfig": "configuration_moondream.MoondreamConfig",
+            "AutoModelForCausalLM": "moondream.Moondream",
+        },
+        "model_type": "moondream1",
+        "text_config": {**config["text_config"], "model_type": "phi"},
+        "vision_config": config["vision_config"],
+        "region_features": config["region_features"],
+        "torch_dtype": "float16",
+        "transformers_version": "4.44.0",
+    }
+    (snapshot / "config.json").write_text(json.dumps(hub))
+    for name in ("moondream.py", "configuration_moondream.py"):
+        (snapshot / name).write_text("raise SystemExit('code of the hub was run')")
+    code = f"""
+import torch, modeling_moondream2
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for revision in ("{REVISION}", "2024-08-26"):
+    model = AutoModelForCausalLM.from_pretrained("vikhyatk/moondream2", revision=revision, {DTYPE}=torch.bfloat16)
+    AutoTokenizer.from_pretrained("vikhyatk/moondream2", revision=revision)
+    assert type(model) is modeling_moondream2.Moondream
+    assert {{p.dtype for p in model.parameters()}} == {{torch.bfloat16}}
+model.save_pretrained("saved")
+print("loaded")
+"""
+    out = python(code, tmp_path, HF_HOME=str(tmp_path), PYTHONPATH=str(TINY.parent.parent))
+    assert "loaded" in out
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["auto_map"] == {
+        "AutoConfig": "modeling_moondream2.MoondreamConfig",
+        "AutoModelForCausalLM": "modeling_moondream2.Moondream",
+    }
+
+
+def test_the_hubs_own_config_is_the_release():
+    hub = {"model_type": "moondream1", "text_config": {"model_type": "phi"}, "architectures": ["Moondream"]}
+    assert modeling_moondream2.MoondreamConfig.from_dict(hub).to_diff_dict().keys() >= {"model_type"}
+    with torch.device("meta"):
+        model = modeling_moondream2.Moondream(modeling_moondream2.MoondreamConfig.from_dict(hub))
+    assert sum(p.numel() for p in model.parameters()) == 1_867_982_709
+
+
+def test_every_weight_and_buffer_is_the_files(model):
+    from safetensors.torch import load_file
+
+    weights = load_file(TINY / "model.safetensors")
+    assert model.state_dict().keys() == weights.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name].float()), name
+
+
+def test_a_saved_model_loads_without_this_project(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    picture().save(tmp_path / "picture.png")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = f"""
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = "../saved"
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, {DTYPE}="float32")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+print(model.answer_question(model.encode_image(Image.open("../picture.png")), "What is it?", tokenizer))
+print(type(model).__module__)
+"""
+    answer, module = python(code, elsewhere, "-P", HF_HOME=str(tmp_path / "home")).strip().rsplit("\n", 1)
+    assert module.startswith("transformers_modules")
+    assert answer == model.answer_question(model.encode_image(picture()), "What is it?", tokenizer)
+
+
+def test_encode_image_takes_a_picture_a_list_or_a_tensor(model):
+    pictures = [picture(), picture((640, 480)), picture((600, 200), "brown")]
+    listed = model.encode_image(pictures)
+    assert listed.shape == (3, model.config.image_tokens, model.config.text_config.hidden_size)
+    for each, expected in zip(pictures, listed, strict=True):
+        torch.testing.assert_close(model.encode_image(each)[0], expected, atol=1e-5, rtol=1e-5)
+        pixels = model.vision_encoder.preprocess(each)[None]
+        torch.testing.assert_close(model.encode_image(pixels)[0], expected, atol=1e-5, rtol=1e-5)
+    assert not listed.requires_grad
+
+
+def naive_answer(model, tokenizer, image_embeds, prompt, tokens):
+    """Greedy decoding that computes everything anew for each token."""
+    ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
+    answer = []
+    for _ in range(tokens):
+        embeds = model.get_input_embeddings()(torch.tensor([ids + answer]))
+        embeds = torch.cat([embeds[:, :1], image_embeds, embeds[:, 1:]], dim=1)
+        with torch.no_grad():
+            token = model.text_model(inputs_embeds=embeds).logits[0, -1].argmax().item()
+        if token == tokenizer.eos_token_id:
+            break
+        answer.append(token)
+    return tokenizer.decode(answer).strip()
+
+
+QUESTIONS = [["What is it?", "How many people are on the crossing?", "Why?"], ["Is a car waiting?"], ["And?", "Where?"]]
+
+
+def test_answers_are_those_of_naive_decoding(model, tokenizer):
+    embeds = model.encode_image([picture(), picture((640, 480), "red"), picture((200, 300), "navy")])
+    expected = [
+        [naive_answer(model, tokenizer, embeds[r : r + 1], prompt_text(q), 24) for q in row]
+        for r, row in enumerate(QUESTIONS)
+    ]
+    assert any(len(answer) > 3 for row in expected for answer in row)
+    assert model.answer_questions(embeds, QUESTIONS, tokenizer, max_new_tokens=24) == expected
+    one = model.answer_question(embeds[:1], QUESTIONS[0][1], tokenizer, max_new_tokens=24)
+    assert one == expected[0][1]
+
+
+def test_batch_answer_and_caption(model, tokenizer):
+    pictures, questions = [picture(), picture(colour="red")], ["What is it?", "How many people are on the crossing?"]
+    expected = [
+        model.answer_question(model.encode_image(image), question, tokenizer, max_new_tokens=24)
+        for image, question in zip(pictures, questions, strict=True)
+    ]
+    assert model.batch_answer(pictures, questions, tokenizer, max_new_tokens=24) == expected
+    short = naive_answer(model, tokenizer, model.encode_image(pictures[0]), "\n\nShort caption:", 16)
+    assert model.caption(pictures[:1], tokenizer, length="short", max_new_tokens=16) == [short]
+
+
+def test_a_new_token_costs_one_tokens_work(model, tokenizer):
+    seen = []
+    model.text_model.transformer.h[0].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:2]))
+    ids = model.generate_ids(model.encode_image(picture()), [[[5, 6, 7], [8, 9]]], bos=0, eos=-1, max_new_tokens=4)
+    assert [len(answer) for answer in ids[0]] == [4, 4]
+    assert [tuple(each) for each in seen] == [(1, 1 + model.config.image_tokens + 5), (1, 2), (1, 2), (1, 2)]
+
+
+def test_gradient_checkpointing_changes_no_gradient(model):
+    rows = lay_out_rows([[[5, 6, 7], [8, 9]]], bos=0, image_tokens=model.config.image_tokens)
+    labels = torch.where(rows["segments"] > 0, 7, -100)
+    inputs = {
+        "input_ids": rows["input_ids"],
+        "image_embeds": model.encode_image(picture()),
+        "position_ids": rows["position_ids"],
+        "attention_mask": row_mask(rows["segments"]),
+        "labels": labels,
+    }
+    gradients = []
+    calls = []
+    model.text_model.transformer.h[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train().zero_grad()
+        model(**inputs).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.text_model.named_parameters()})
+    assert len(calls) == 3  # once without, twice with
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_pictures_are_upright_rgb():
+    assert preprocess(picture((300, 200))).shape == (3, 378, 378)
+    turned = Image.new("RGB", (40, 20), "black")
+    turned.paste("white", (0, 0, 10, 20))  # the left edge, which orientation 6 puts on top
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.info["exif"] = exif.tobytes()
+    upright = upright_rgb(turned)
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 2)) == (255, 255, 255) and upright.getpixel((10, 30)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("L", 128, (128, 128, 128)),
+        ("1", 1, (255, 255, 255)),
+        ("I;16", 32896, (128, 128, 128)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+        ("LA", (0, 0), (255, 255, 255)),
+    ],
+)
+def test_any_mode_becomes_what_a_person_sees(mode, colour, expected):
+    got = upright_rgb(Image.new(mode, (4, 3), colour)).getpixel((1, 1))
+    assert all(abs(a - b) <= 1 for a, b in zip(got, expected, strict=True))
+
+
+def test_a_transparent_palette_is_on_white():
+    image = Image.new("P", (4, 3), 0)
+    image.putpalette([255, 0, 0])
+    image.info["transparency"] = 0
+    assert upright_rgb(image).getpixel((0, 0)) == (255, 255, 255)

@@ -1,0 +1,238 @@
+"""What is trained on, and that every step is the one it should be: equalities against plain computations."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import collator, dataset, make_run
+from torch.nn import functional as F
+
+import finetune_moondream as script
+from flags import InputError
+from modeling_moondream2 import prompt_text
+
+
+@pytest.fixture
+def train(data, tokenizer):
+    return dataset(data / "train.jsonl", tokenizer)
+
+
+@pytest.fixture
+def valid(data, tokenizer):
+    return dataset(data / "valid.jsonl", tokenizer)
+
+
+def plain_losses(model, tokenizer, examples, pictures):
+    """The summed loss of each example, as the original computes it: one row each, whole logits, -100 elsewhere."""
+    losses = []
+    for example in examples:
+        prompt = tokenizer(prompt_text(example.question), add_special_tokens=False).input_ids
+        answer = [*tokenizer(f" {example.answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            pixels = script.pixels_of(pictures[example.picture], model.vision_encoder)
+            image = model.vision_encoder([pixels])
+        ids = model.get_input_embeddings()(torch.tensor([[tokenizer.bos_token_id, *prompt, *answer]]))
+        embeds = torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1)
+        labels = torch.tensor([-100] * (1 + image.shape[1] + len(prompt)) + answer)
+        logits = model.text_model(inputs_embeds=embeds).logits[0].float()
+        losses.append(F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum"))
+    return losses
+
+
+def test_labels_are_the_answers_and_nothing_else(tiny, tokenizer, train):
+    batch = collator(tiny, tokenizer, train)(list(train.examples))
+    assert len(batch["examples"]) == len(train.pictures) < len(train)
+    tokens = tiny.config.image_tokens
+    for r, row in enumerate(batch["examples"]):
+        labels, segments = batch["labels"][r], batch["segments"][r]
+        ids = torch.cat([batch["input_ids"][r, :1], torch.full((tokens,), -1), batch["input_ids"][r, 1:]])
+        assert (labels[segments <= 0] == -100).all()
+        for k, example in enumerate(row, start=1):
+            mine, answer = ids[segments == k].tolist(), labels[segments == k]
+            prompt = tokenizer(prompt_text(example.question), add_special_tokens=False).input_ids
+            expected = tokenizer(f" {example.answer}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            assert mine == prompt + expected
+            assert answer.tolist() == [-100] * len(prompt) + expected
+            positions = batch["position_ids"][r][segments == k].tolist()
+            assert positions == list(range(1 + tokens, 1 + tokens + len(mine)))
+
+
+def test_what_is_trained_on_is_what_answer_question_continues(tiny, tokenizer, train, monkeypatch):
+    example = train[3]
+    batch = collator(tiny, tokenizer, train)([example])
+    calls = []
+    forward = tiny.text_model.forward
+    monkeypatch.setattr(tiny.text_model, "forward", lambda **inputs: calls.append(inputs) or forward(**inputs))
+    embeds = script.image_embeds(batch, tiny.vision_encoder, collator(tiny, tokenizer, train).store, "cpu")
+    tiny.answer_question(embeds, example.question, tokenizer, max_new_tokens=1)
+    asked = calls[0]
+    prompt = len(example.prompt_ids)
+    assert torch.equal(asked["input_ids"], batch["input_ids"][:, : 1 + prompt])
+    assert torch.equal(asked["position_ids"], batch["position_ids"][:, : 1 + tiny.config.image_tokens + prompt])
+    assert torch.equal(asked["image_embeds"], embeds)
+    assert batch["labels"][0, -len(example.answer_ids) :].tolist() == example.answer_ids
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [[0], [1, 2, 3, 4], [0, 5, 7, 10], list(range(19)), [4, 9, 1, 2]],
+    ids=["one question", "several on a picture", "different pictures", "all", "mixed"],
+)
+def test_shared_rows_have_the_loss_and_gradient_of_separate_ones(tiny, tokenizer, train, numbers):
+    examples = [train[i] for i in numbers]
+    plain = sum(plain_losses(tiny, tokenizer, examples, train.pictures))
+    plain.backward()
+    expected = {name: p.grad.clone() for name, p in tiny.text_model.named_parameters()}
+    tiny.zero_grad()
+    collate = collator(tiny, tokenizer, train)
+    batch = collate(examples)
+    loss = script.loss_sum(
+        tiny.text_model, batch, script.image_embeds(batch, tiny.vision_encoder, collate.store, "cpu")
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    for name, parameter in tiny.text_model.named_parameters():
+        difference = (parameter.grad - expected[name]).norm() / expected[name].norm().clamp(min=1e-12)
+        assert difference < 1e-5, name
+
+
+def test_only_answer_positions_go_through_the_head(tiny, tokenizer, train):
+    seen = []
+    tiny.text_model.lm_head.linear.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    collate = collator(tiny, tokenizer, train)
+    batch = collate([train[0], train[1], train[2]])
+    script.loss_sum(tiny.text_model, batch, script.image_embeds(batch, tiny.vision_encoder, collate.store, "cpu"))
+    tokens = sum(len(train[i].answer_ids) for i in range(3))
+    assert seen == [(tokens, tiny.config.text_config.vocab_size)]
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_a_step_is_the_same_however_it_is_cut(tiny, tokenizer, train, valid, group):
+    def trained(batch_size, accum):
+        model = copy.deepcopy(tiny)
+        flags = {"batch_size": batch_size, "grad_accum_steps": accum, "group_by_picture": group, "learning_rate": 1e-3}
+        run = make_run(model, tokenizer, train, valid, **flags)
+        script.train_epoch(run)
+        assert run.progress.step == 3  # 19 examples: 8, 8 and 3
+        return run.progress.loss_sum / run.progress.tokens, model.state_dict()
+
+    loss, weights = trained(8, 1)
+    start = tiny.state_dict()
+    for cut in ((4, 2), (1, 8)):
+        other_loss, other = trained(*cut)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        for name, tensor in weights.items():
+            moved = (tensor - start[name]).norm()
+            # AdamW's first steps are as long as the rate, whatever the gradient: compare the updates, not the bits.
+            assert (other[name] - tensor).norm() <= 2e-3 * moved, name
+
+
+def test_a_step_is_adamw_on_the_mean_over_its_answer_tokens(tiny, tokenizer, train, valid):
+    run = make_run(copy.deepcopy(tiny), tokenizer, train, valid, batch_size=4, grad_accum_steps=2, max_grad_norm=0.5)
+    batches = [run.collate([train[i] for i in numbers]) for numbers in ([0, 1, 2, 3], [8, 9])]
+    gradients = {}
+    run.optimizer.step = lambda: gradients.update({n: p.grad.clone() for n, p in run.text_model.named_parameters()})
+    loss, norm, tokens = script.train_step(run, batches)
+
+    examples = [train[i] for i in (0, 1, 2, 3, 8, 9)]
+    expected = sum(plain_losses(tiny, tokenizer, examples, train.pictures)) / sum(len(e.answer_ids) for e in examples)
+    expected.backward()
+    assert tokens == sum(len(e.answer_ids) for e in examples)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    total = math.sqrt(sum(p.grad.square().sum().item() for p in tiny.text_model.parameters()))
+    assert norm == pytest.approx(total, rel=1e-4) and norm > 0.5
+    for name, parameter in tiny.text_model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad * 0.5 / total, rtol=1e-3, atol=1e-7)
+
+
+def test_validation_loss_is_the_mean_over_answer_tokens_whatever_the_batch(tiny, tokenizer, train, valid):
+    with torch.no_grad():
+        total = sum(plain_losses(tiny, tokenizer, valid.examples, valid.pictures)).item()
+    expected = total / sum(len(example.answer_ids) for example in valid.examples)
+    state = torch.get_rng_state()
+    for batch_size in (1, 2, 50):
+        run = make_run(tiny, tokenizer, train, valid, batch_size=batch_size)
+        assert script.evaluate(run) == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_answers_are_those_of_answer_question(tiny, tokenizer, train, valid):
+    run = make_run(tiny, tokenizer, train, valid, batch_size=1)
+    expected = {}
+    for example in valid.examples:
+        embeds = tiny.encode_image([script.pixels_of(valid.pictures[example.picture], tiny.vision_encoder)])
+        expected[example.place] = tiny.answer_question(
+            embeds, example.question, tokenizer, max_new_tokens=script.MAX_NEW_TOKENS
+        )
+    assert script.answer(run) == expected
+    run.constants.valid_answers = 3
+    assert script.answer(run).items() <= expected.items() and len(script.answer(run)) == 3
+    run.constants.valid_answers = 0
+    assert script.answer(run) == {} and script.accuracy(valid, {}) is None
+
+
+def test_what_the_loss_does_not_reach_comes_out_bit_for_bit(tiny, tokenizer, train, valid):
+    model = tiny.bfloat16()
+    before = copy.deepcopy(model.state_dict())
+    run = make_run(model, tokenizer, train, valid, batch_size=4, learning_rate=1e-2, weight_decay=0.5)
+    script.train_epoch(run)
+    for name, tensor in model.state_dict().items():
+        if name.startswith("text_model."):
+            assert not torch.equal(tensor, before[name]), name
+        else:
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_a_step_that_is_not_finite_is_not_applied(tiny, tokenizer, train, valid, capsys):
+    run = make_run(tiny, tokenizer, train, valid, batch_size=4)
+    before = copy.deepcopy(tiny.state_dict())
+    poison = iter([False, True, False, True, True, True])
+    embed = script.image_embeds
+
+    def poisoned(*args):
+        embeds = embed(*args)
+        return embeds * math.nan if next(poison) else embeds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "image_embeds", poisoned)
+        script.train_epoch(run)  # 5 steps: the second, fourth and fifth fail
+        out = capsys.readouterr().out
+        assert out.count("Step not applied: loss nan") == 3
+        assert "train.jsonl:" in out
+        assert all(tensor.isfinite().all() for tensor in tiny.state_dict().values())
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
+        assert math.isfinite(run.progress.loss_sum)
+        patch.setattr(script, "image_embeds", lambda *args: embed(*args) * math.nan)
+        run.progress.step = 0
+        with pytest.raises(InputError, match="3 steps in a row without a finite loss"):
+            script.train_epoch(run)
+
+
+def test_norms_and_biases_are_not_decayed(tiny):
+    decayed, exempt = script.build_optimizer(tiny.text_model, 1e-3, 0.1, (0.9, 0.99)).param_groups
+    names = {id(p): name for name, p in tiny.text_model.named_parameters()}
+    assert exempt["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
+    assert {names[id(p)].rsplit(".", 1)[1] for p in decayed["params"]} == {"weight"}
+    assert all(names[id(p)].endswith((".bias", ".ln.weight")) for p in exempt["params"])
+    assert len(decayed["params"]) + len(exempt["params"]) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "rates"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1]),
+        ("constant", 2, [0, 0.5, 1, 1, 1]),
+        ("linear", 2, [0, 0.5, 1, 2 / 3, 1 / 3]),
+        ("cosine", 1, [0, 1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2]),
+    ],
+)
+def test_schedules(name, warmup, rates):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = script.build_scheduler(optimizer, name, warmup, 5)
+    got = []
+    for _ in rates:
+        got.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert got == pytest.approx(rates)
