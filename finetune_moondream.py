@@ -9,6 +9,7 @@ import math
 import random
 import sys
 import time
+import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +19,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 from accelerate import Accelerator
-from data_summary import format_table, summarize
 from optimi import AdamW
-from report import write_report
 from safetensors.torch import load_model as load_weights
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -41,12 +40,14 @@ from checkpoints import (
     write_text,
     write_whole,
 )
+from data_summary import format_table, summarize
 from features import FeatureStore, encode_pictures
 from flags import InputError
 from jsonl import read_lines
 from model_card import how_to_ask, model_card, predictions, report_of
 from modeling_moondream2 import Moondream, MoondreamConfig, lay_out_rows, prompt_text, row_mask
 from pictures import PictureError, find_picture, inspect_all, pixels_of
+from report import write_report
 from scoring import is_correct
 
 # Each constant is also a flag: `EPOCHS` is `--epochs 3` on the command line.
@@ -64,7 +65,7 @@ LEARNING_RATE: float = 3e-5  # small, as every weight of the text model moves
 LR_SCHEDULE: str = "constant"  # constant, linear or cosine, over optimizer steps
 WARMUP_STEPS: int = 0  # optimizer steps over which the rate rises from 0
 WEIGHT_DECAY: float = 0.01  # a step, times the rate; norms and biases are exempt
-BETAS: tuple[float, float] = (0.9, 0.99)  # AdamW's memory of gradients and of their squares
+BETAS: tuple[float, float] = (0.9, 0.99)  # AdamW's; at 0.999 a bfloat16 mean of squares freezes
 MAX_GRAD_NORM: float = 1.0  # longer gradients are scaled down to this
 GRADIENT_CHECKPOINTING: bool = False  # compute activations twice instead of keeping them: a third slower, leaner
 PATIENCE: int | None = None  # stop after so many epochs without a better validation loss; None: never
@@ -182,9 +183,9 @@ def explained(model_id):
         yield
     except OSError as error:
         raise InputError(
-            f"cannot load {model_id}: {first_line(error)} On a machine without network, fetch it elsewhere by `hf download "
-            f"{MODEL_ID} --revision {REVISION} --local-dir moondream2`, copy the folder and give its path as --model_id; "
-            f"--model_id tests/tiny_moondream2 runs without the hub"
+            f"cannot load {model_id}: {first_line(error)} Where there is no network, fetch it elsewhere by "
+            f"`hf download {MODEL_ID} --revision {REVISION} --local-dir moondream2`, copy it and give its path "
+            "as --model_id; --model_id tests/tiny_moondream2 runs without the hub"
         ) from None
     except (ValueError, KeyError, RuntimeError) as error:
         raise wrong_model(model_id, first_line(error)) from error
@@ -415,13 +416,35 @@ def report_failed(progress, failed):
 
 
 def build_optimizer(model, learning_rate, weight_decay, betas):
-    """AdamW over the parameters that need gradients; norms and biases are not decayed."""
+    """AdamW over the parameters that need gradients, as good in bfloat16 as in float32; norms and biases don't decay.
+
+    A bfloat16 weight has 8 bits: most of an update of 3e-5 rounds away. Kahan summation keeps what was rounded away in
+    one more bfloat16 number a weight. Measured against float32 on two full-width layers, 160 steps: training loss
+    1.01 times as high, with plain AdamW 27 times; 10 bytes a parameter, gradient and all, instead of 16.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() > 1], "decay": weight_decay, "owed": 0.0},
+        {"params": [p for p in parameters if p.dim() <= 1], "decay": 0.0, "owed": 0.0},
     ]
-    return AdamW(groups, lr=learning_rate, betas=betas, kahan_sum=True)
+    optimizer = AdamW(
+        groups, lr=learning_rate, betas=betas, eps=1e-8, weight_decay=0.0, kahan_sum=True, triton=False, foreach=False
+    )
+    optimizer.register_step_pre_hook(decay_weights)
+    return optimizer
+
+
+@torch.no_grad()
+def decay_weights(optimizer, *_):
+    """Weight decay that acts: a factor of 1 - 3e-5 * 0.01 is 1 in bfloat16, so it is saved up until it is not."""
+    for group in optimizer.param_groups:
+        group["owed"] += group["lr"] * group["decay"]
+        if group["owed"] > 2**-14:  # less than that rounds away even in the compensation
+            for p in group["params"]:
+                if p.grad is not None:
+                    compensation = optimizer.state.get(p, {}).get("kahan_comp")  # float32 weights have none
+                    (p if compensation is None else compensation).add_(p, alpha=-group["owed"])
+            group["owed"] = 0.0
 
 
 def build_scheduler(optimizer, name, warmup_steps, steps):
@@ -600,7 +623,7 @@ def prepare(constants, accelerator, stop):
     print_parameters(model)
     model.to(accelerator.device)
     if constants.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
 
     shape = (config.image_tokens, config.text_config.hidden_size)
     store = FeatureStore(constants.features_dir, model.vision_encoder, shape)
@@ -645,6 +668,7 @@ def main():
     constants = flags.parse(globals(), sys.argv[1:], MAY_BE_ZERO, CHOICES)
     output_dir = Path(constants.output_dir)
     transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="PIL")  # of files that are read all the same; broken ones are named
     with only_run_in(output_dir):
         is_finished = (output_dir / "config.json").exists() and not Checkpoints(output_dir).newest()
         if is_finished and not constants.overwrite:

@@ -535,11 +535,11 @@ class Moondream(PreTrainedModel):
         )
         done = torch.tensor([[k >= len(row) for k in range(most)] for row in prompts], device=device)
         answers = torch.empty(rows, most, 0, dtype=torch.long, device=device)
-        for _ in range(max_new_tokens):
+        while True:
             token = out.logits.argmax(-1).view(rows, most).masked_fill(done, eos)
             answers = torch.cat([answers, token[..., None]], dim=-1)
             done = done | (token == eos)
-            if done.all():
+            if answers.shape[-1] == max_new_tokens or done.all():
                 break
             segments = torch.cat([segments, questions], dim=1)
             steps = steps + 1

@@ -18,7 +18,7 @@ from checkpoints import write_text
 from modeling_moondream2 import upright_rgb
 from pictures import PictureError, open_picture
 
-MOST_PICTURES = 300  # on the page; some 4 MB
+MOST_PICTURES = 300  # on the page; some 6 MB
 THUMBNAIL = (320, 240)  # pixels at most, width and height
 
 # matplotlib is given colours that stand for the page's own, which differ in light and dark

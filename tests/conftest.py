@@ -77,8 +77,8 @@ def collator(model, tokenizer, dataset, folder=None):
     return script.Collator(model, tokenizer, store, dataset.pictures)
 
 
-def make_run(model, tokenizer, train, valid, **constants):
-    """A Run on the CPU, as `prepare` makes it but for pictures kept on disk and checkpoints."""
+def make_run(model, tokenizer, train, valid, folder=None, **constants):
+    """A Run on the CPU, as `prepare` makes it but for checkpoints; `folder` keeps features."""
     AcceleratorState._reset_state(reset_partial_state=True)
     model.vision_encoder.requires_grad_(False)
     values = {name.lower(): vars(script)[name] for name in vars(script)["__annotations__"] if name.isupper()}
@@ -94,7 +94,7 @@ def make_run(model, tokenizer, train, valid, **constants):
     scheduler = script.build_scheduler(
         optimizer, constants.lr_schedule, constants.warmup_steps, sampler.steps * constants.epochs
     )
-    collate = collator(model, tokenizer, train)
+    collate = collator(model, tokenizer, train, folder)
     collate.pictures = train.pictures | valid.pictures
     text_model, optimizer = accelerator.prepare(model.text_model, optimizer)
     return script.Run(

@@ -1,13 +1,12 @@
 """Makes tests/tiny_moondream2/: Moondream2's classes in a few MiB, for the tests and the first command.
 
-    python tests/make_tiny_checkpoint.py
+    PYTHONPATH=. python tests/make_tiny_checkpoint.py
 
-takes some TIME minutes on two cores. First the vision encoder learns to see what `make_scenes.py` draws, then the text
-model to talk about it. Neither the pictures nor the questions and answers are the sample data's: fine-tuning on those
-has sight to build on, and their wording to learn.
+takes about seven minutes on two cores. First the vision encoder learns to see what `make_scenes.py` draws, then the
+text model to talk about it. Neither the pictures nor the questions and answers are the sample data's: fine-tuning on
+those has sight to build on, and their wording to learn.
 """
 
-import json
 import math
 import random
 import shutil
@@ -15,20 +14,9 @@ from dataclasses import replace
 from multiprocessing import Pool
 from pathlib import Path
 
+import make_scenes as street
 import torch
 import torch.nn.functional as F
-from make_scenes import (
-    Canvas,
-    draw_car,
-    draw_clouds,
-    draw_ground,
-    draw_houses,
-    draw_signal,
-    draw_walker,
-    finish,
-    make_scene,
-    place_things,
-)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CodeGenTokenizer
@@ -36,54 +24,50 @@ from transformers import CodeGenTokenizer
 from modeling_moondream2 import Moondream, MoondreamConfig, lay_out_rows, preprocess, prompt_text, row_mask
 
 FOLDER = Path(__file__).parent / "tiny_moondream2"
-SEEDS = range(1_000_000, 1_004_000)
+SEEDS = range(1_000_000, 1_003_000)
 END = "<|endoftext|>"
 TEXT = {"vocab_size": 512, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 3}
 TEXT |= {"num_attention_heads": 6, "rotary_dim": 16}
-VISION = {"image_size": 126, "patch_size": 14, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3}
+VISION = {"image_size": 126, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3}
 VISION |= {"num_attention_heads": 4, "projection_size": 512}
-SIDE = VISION["image_size"] // VISION["patch_size"]  # a picture is SIDE x SIDE places
-KINDS = ("on", "beside", "waiting", "coming", "red", "green")  # of walkers, cars and signals
-
+PATCH = 14
+SIDE = VISION["image_size"] // PATCH  # a picture is SIDE x SIDE places
+KINDS = ("on", "beside", "waiting", "coming", "red", "green")  # of walkers, cars and signals that stand at a place
 VALUES = {  # of each fact about a scene
     "crossing": (True, False),
     "signal": ("red", "green", None),
     "people": (0, 1, 2, 3, 4, None),  # None where there is no crossing to be on
     "walkers_beside": (0, 1, 2, 3),
     "car": ("waiting", "coming", None),
-    "safe": ("no crossing", "red", "car", "green", "free"),
+    "safe": ("plain", "red", "car", "green", "free"),
 }
-# A line of ways to ask about each fact, then lines of ways to answer, in the order of its values.
+# For each fact a line of ways to ask about it, then lines of ways to answer, in the order of its values.
 WORDINGS = """
-Can you see stripes on the road?|Does this street have a crosswalk?|Zebra or plain road?|Are there any stripes?
+Can you see stripes on the road?|Does this street have a crosswalk?|Is there a crosswalk?|Zebra or plain road?
 Yes.|No.
-There are stripes.|There are no stripes.
-A crosswalk.|Only a plain road.
-Yes, I see a crosswalk.|No, not here.
+There are zebra stripes.|There are no stripes.
+Yes, I see a crosswalk.|No crosswalk.
 
-Which colour is the light for walkers?|Is the pedestrian light red or green?|What does the lamp say?
+Which colour is the light for walkers?|Is the pedestrian light red or green?|What does the lamp show?
 Red.|Green.|None.
 Stop.|Walk.|Nothing, I see no lamp.
 It is red.|It is green.|There is none.
-It shows red.|It shows green.|No signal here.
 
-Count the people who walk over the road.|How many are crossing the road?|How many persons on the stripes now?
+Count the people who walk over the road.|How many are crossing the road?|How many people are on the stripes?
 0|1|2|3|4|No stripes
 Zero.|One.|Two.|Three.|Four.|There is no crosswalk.
 No people.|Only one.|A pair, two.|I count three.|I count four.|A plain road.
 
 How many people are on the sidewalks?|Count those who walk beside the road.|How many are not on the road?
 0|1|2|3
-Zero.|One.|Two.|Three.
 No people.|Only one.|A pair, two.|I count three.
 
-What is the car doing?|Where is the car?|Has a car stopped here?|Tell me about cars.|Does a car stand here?
+What is the car doing?|Where is the car?|Has a car stopped here?|Tell me about cars.|Is a car near?
 Waiting.|Coming.|None.
-It stands near us.|It is far and comes.|I see none.
 Yes, it has stopped.|No, it still drives.|No, there is none.
 A car waits.|A car comes.|No car.
 
-Can I walk over now? Say why.|Should I go or stay, and for what reason?|Is crossing safe now?|Go or wait? Why?
+Can I walk over now? Say why.|Should I go or stay, and for what reason?|Is it safe to walk?|Go or wait, and why?
 Stay, there are no stripes.|Stay, it is red.|Stay, a car comes.|Go, it is green.|Go, nothing comes.
 No: no crosswalk.|No: red light.|No: a car.|Yes: green and the road is free.|Yes: the road is free.
 Wait. A plain road.|Wait. The light is red.|Wait. The car drives.|Walk. Green, and no car.|Walk. No car.
@@ -93,14 +77,8 @@ BLOCKS = [[line.split("|") for line in block.split("\n")] for block in WORDINGS.
 
 def facts(scene):
     """Of each fact, which of its values holds."""
-    if not scene.crossing:
-        safe = "no crossing"
-    elif scene.signal == "red":
-        safe = "red"
-    elif scene.car == "coming":
-        safe = "car"
-    else:
-        safe = "green" if scene.signal else "free"
+    red, coming = scene.signal == "red", scene.car == "coming"
+    safe = "plain" if not scene.crossing else "red" if red else "car" if coming else "green" if scene.signal else "free"
     held = vars(scene) | {"people": scene.walkers_on if scene.crossing else None, "safe": safe}
     return {fact: values.index(held[fact]) for fact, values in VALUES.items()}
 
@@ -110,9 +88,9 @@ def make_tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
-    texts = [f"\n\nQuestion: {text}\n\nAnswer: {text}" for block in BLOCKS for line in block for text in line]
+    bytes_, size = pre_tokenizers.ByteLevel.alphabet(), TEXT["vocab_size"]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=bytes_, show_progress=False)
+    texts = [f"{prompt_text(text)} {text}" for block in BLOCKS for line in block for text in line]
     bpe.train_from_iterator(texts, trainer)
     ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
     return CodeGenTokenizer(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **ends)
@@ -123,37 +101,30 @@ def picture(seed):
 
     It is drawn at half its size, plenty for 126 pixels a side; half of the large ones are seen without tiles.
     """
-    scene = make_scene(seed)
-    canvas = Canvas(replace(scene, size=tuple(side // 2 for side in scene.size)))
-    for draw in (draw_clouds, draw_ground, draw_houses):
+    scene = street.make_scene(seed)
+    canvas = street.Canvas(replace(scene, size=tuple(side // 2 for side in scene.size)))
+    for draw in (street.draw_clouds, street.draw_ground, street.draw_houses):
         draw(canvas)
     places = torch.zeros(SIDE, SIDE, dtype=torch.long)
-    for z, x, draw in place_things(canvas):
+    for z, x, draw in street.place_things(canvas):
         draw(canvas, x, z)
-        walker = "on" if abs(x) < canvas.kerb else "beside"
-        kinds = {draw_car: (scene.car, 0.7), draw_signal: (scene.signal, 3.1), draw_walker: (walker, 1.1)}
+        # Trees aside, what it is and how high its middle.
+        kinds = {street.draw_car: (scene.car, 0.7), street.draw_signal: (scene.signal, 3.1)}
+        kinds[street.draw_walker] = ("on" if abs(x) < canvas.kerb else "beside", 1.1)
         if draw in kinds:
-            kind, height = kinds[draw]
-            across, down = canvas.at(x, height, z)
+            kind, y = kinds[draw]
+            across, down = canvas.at(x, y, z)
             places[int(down / canvas.height * SIDE), int(across / canvas.width * SIDE)] = 1 + KINDS.index(kind)
-    pixels = preprocess(finish(canvas), VISION["image_size"], 256 if seed % 2 else 512)
+    pixels = preprocess(street.finish(canvas), VISION["image_size"], 256 if seed % 2 else 512)
     return pixels.numpy(), facts(scene), places.numpy()
-
-
-def augment(pixels, places):
-    """The picture or its mirror image, in a light a little different."""
-    if torch.rand(()) < 0.5:
-        pixels, places = pixels.flip(-1), places.flip(-1)
-    contrast, brightness = torch.empty(3, 1, 1).uniform_(0.85, 1.15), torch.empty(3, 1, 1).uniform_(-0.1, 0.1)
-    return pixels * contrast + brightness, places
 
 
 @torch.no_grad()
 def warm_start(visual, pictures):
-    """Tells patches by their principal components, whitened, and places by sines: seeing begins sooner."""
-    width, patch = VISION["hidden_size"], VISION["patch_size"]
-    whole = torch.stack([pixels for pixels, _, _ in pictures if pixels.shape[1:] == 2 * (VISION["image_size"],)][:500])
-    patches = F.unfold(whole, patch, stride=patch).transpose(1, 2).flatten(0, 1)
+    """Has patches told by their principal components, whitened, and places by sines: seeing begins sooner."""
+    width, whole = VISION["hidden_size"], (3, VISION["image_size"], VISION["image_size"])
+    pixels = torch.stack([pixels for pixels, _, _ in pictures if pixels.shape == whole][:500])
+    patches = F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
     values, vectors = torch.linalg.eigh(patches.T.cov())
     weight = 0.2 * vectors[:, -width:] / (values[-width:] + 1e-3).sqrt()
     visual.patch_embed.linear.weight.copy_(weight.T)
@@ -164,7 +135,7 @@ def warm_start(visual, pictures):
 
 
 def train(loss_of, parameters, steps, name, rate=1e-3):
-    """Adam on `loss_of()`, a fresh batch each step: a short warm-up, then half a cosine down."""
+    """AdamW on `loss_of()`, a fresh batch each step: a short warm-up, then half a cosine down."""
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.05)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -180,20 +151,24 @@ def train(loss_of, parameters, steps, name, rate=1e-3):
 
 def learn_to_see(encoder, pictures, steps, batch=24):
     """Trains the vision encoder by heads, thrown away after: what stands at each place, and the facts from the mean."""
-    heads = nn.ModuleDict({fact: nn.Linear(TEXT["hidden_size"], len(values)) for fact, values in VALUES.items()})
-    at_place, weights = nn.Linear(TEXT["hidden_size"], 1 + len(KINDS)), torch.tensor([0.1] + [1.0] * len(KINDS))
+    width, weights = TEXT["hidden_size"], torch.tensor([0.1] + [1.0] * len(KINDS))  # most places are empty
+    heads = nn.ModuleDict({fact: nn.Linear(width, len(values)) for fact, values in VALUES.items()})
+    heads["places"] = nn.Linear(width, len(weights))
 
     def loss_of():
-        chosen = [pictures[i] for i in torch.randint(len(pictures), (batch,))]
-        pixels, places = zip(*[augment(pixels, places) for pixels, _, places in chosen], strict=True)
+        chosen = []
+        for i in torch.randint(len(pictures), (batch,)):
+            pixels, known, places = pictures[i]
+            mirror, light = [-1] if torch.rand(()) < 0.5 else [], torch.empty(3, 1, 1).uniform_(0.85, 1.15)
+            chosen.append((light * pixels.flip(mirror), known, places.flip(mirror)))
+        pixels, known, places = zip(*chosen, strict=True)
         seen = encoder(pixels)
-        loss = F.cross_entropy(at_place(seen).flatten(0, 1), torch.stack(places).flatten(), weights)
-        for fact, head in heads.items():
-            loss = loss + F.cross_entropy(head(seen.mean(1)), torch.tensor([known[fact] for _, known, _ in chosen]))
+        loss = F.cross_entropy(heads["places"](seen).flatten(0, 1), torch.stack(places).flatten(), weights)
+        for fact in VALUES:
+            loss = loss + F.cross_entropy(heads[fact](seen.mean(1)), torch.tensor([each[fact] for each in known]))
         return loss
 
-    train(loss_of, [*encoder.parameters(), *heads.parameters(), *at_place.parameters()], steps, "seeing")
-    return heads
+    train(loss_of, [*encoder.parameters(), *heads.parameters()], steps, "seeing")
 
 
 def learn_to_talk(model, tokenizer, pictures, steps, batch=12):
@@ -223,13 +198,10 @@ def learn_to_talk(model, tokenizer, pictures, steps, batch=12):
 
 def save(model, tokenizer):
     """Writes the folder as the hub's, in float16, but without the model's code, which the project root has already."""
+    Moondream._auto_class = MoondreamConfig._auto_class = None  # or save_pretrained would copy it
     shutil.rmtree(FOLDER, ignore_errors=True)
     model.half().save_pretrained(FOLDER)
     tokenizer.save_pretrained(FOLDER)
-    (FOLDER / "modeling_moondream2.py").unlink(missing_ok=True)
-    config = json.loads((FOLDER / "config.json").read_text())
-    config.pop("auto_map", None)
-    (FOLDER / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main():
@@ -238,7 +210,8 @@ def main():
     with Pool() as pool:
         drawn = pool.map(picture, SEEDS, chunksize=50)
     pictures = [(torch.from_numpy(pixels), known, torch.from_numpy(places)) for pixels, known, places in drawn]
-    tokenizer, model = make_tokenizer(), Moondream(MoondreamConfig(text_config=TEXT, vision_config=VISION, region_features=16))
+    tokenizer = make_tokenizer()
+    model = Moondream(MoondreamConfig(text_config=TEXT, vision_config=VISION, region_features=16))
     warm_start(model.vision_encoder.encoder.model.visual, pictures)
     learn_to_see(model.vision_encoder, pictures, steps=1200)
     learn_to_talk(model, tokenizer, pictures, steps=600)

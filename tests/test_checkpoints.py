@@ -19,6 +19,8 @@ import finetune_moondream as script
 from checkpoints import Interrupted, Stop, move_into, only_run_in, write_text, write_whole
 from flags import InputError
 
+KILLS = int(os.environ.get("KILLS", 20))
+
 
 @pytest.fixture
 def flags(data):
@@ -108,7 +110,8 @@ def test_moving_takes_the_decisive_file_away_first_and_brings_it_last(tmp_path, 
 
     monkeypatch.setattr(checkpoints.Path, "replace", watched)
     move_into(source, target, last="config.json")
-    assert seen == [("a", False), ("z", False), ("config.json", False)]
+    assert {name for name, _ in seen[:2]} == {"a", "z"} and seen[2:] == [("config.json", False)]
+    assert not any(decisive for _, decisive in seen)
     assert {path.name: path.read_text() for path in target.iterdir()} == dict.fromkeys(("config.json", "a", "z"), "new")
 
 
@@ -118,18 +121,19 @@ def test_moving_takes_the_decisive_file_away_first_and_brings_it_last(tmp_path, 
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_bits(flags, tmp_path):
-    """kill -9 at 20 seeded random moments, in training, validation, checkpoints and the final save."""
+    """kill -9 at seeded random moments, in training, validation, checkpoints and the final save."""
+    assert Child({**flags, "output_dir": tmp_path / "first", "epochs": 1}, tmp_path / "first.txt").wait() == 0
     started = time.monotonic()
     assert Child({**flags, "output_dir": tmp_path / "whole"}, tmp_path / "whole.txt").wait() == 0
     seconds = time.monotonic() - started
-    draw, kills, runs = random.Random(0), 0, 0
-    while kills < 20:
+    draw, kills, runs = random.Random(KILLS), 0, 0
+    while kills < KILLS:
         folder, runs = tmp_path / f"killed{runs}", runs + 1
         while not (folder / "config.json").exists() or (folder / "checkpoints").exists():
             child = Child({**flags, "output_dir": folder}, tmp_path / "out.txt")
-            if kills < 20:
+            if kills < KILLS:
                 child.process.join(draw.uniform(0.2, 1.0) * seconds)
-            if child.process.exitcode is None and kills < 20:
+            if child.process.exitcode is None and kills < KILLS:
                 child.kill()
                 kills += 1
             else:
@@ -305,7 +309,11 @@ def test_a_folder_that_cannot_be_made_is_one_line(flags, run_main, tmp_path):
 
 
 def test_the_best_epoch_is_saved(flags, run_main, tokenizer, data, capsys):
-    """A rate so high that the run overfits: what is saved is the epoch of the lowest validation loss, not the last."""
+    """Validation wants other answers than training, so it overfits: the epoch of the lowest loss is saved, not the last."""
+    valid = flags["valid_file"].read_text()
+    flags["valid_file"].write_text(
+        valid.replace("A box", "One").replace("Nobody knows", "A box").replace("One.", "No.")
+    )
     run_main(**{**flags, "epochs": 6, "learning_rate": 5e-3})
     losses = [record["valid_loss"] for record in log_of(flags["output_dir"])][1:]
     best = min(range(6), key=losses.__getitem__)

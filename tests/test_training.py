@@ -111,8 +111,10 @@ def test_only_answer_positions_go_through_the_head(tiny, tokenizer, train):
 def test_a_step_is_the_same_however_it_is_cut(tiny, tokenizer, train, valid, group):
     def trained(batch_size, accum):
         model = copy.deepcopy(tiny)
-        flags = {"batch_size": batch_size, "grad_accum_steps": accum, "group_by_picture": group, "learning_rate": 1e-3}
-        run = make_run(model, tokenizer, train, valid, **flags)
+        run = make_run(
+            model, tokenizer, train, valid, batch_size=batch_size, grad_accum_steps=accum, group_by_picture=group
+        )
+        run.optimizer = torch.optim.SGD(model.text_model.parameters(), lr=0.1)  # AdamW makes steps of rounding noise
         script.train_epoch(run)
         assert run.progress.step == 3  # 19 examples: 8, 8 and 3
         return run.progress.loss_sum / run.progress.tokens, model.state_dict()
@@ -123,9 +125,7 @@ def test_a_step_is_the_same_however_it_is_cut(tiny, tokenizer, train, valid, gro
         other_loss, other = trained(*cut)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         for name, tensor in weights.items():
-            moved = (tensor - start[name]).norm()
-            # AdamW's first steps are as long as the rate, whatever the gradient: compare the updates, not the bits.
-            assert (other[name] - tensor).norm() <= 2e-3 * moved, name
+            assert (other[name] - tensor).norm() <= 1e-4 * (tensor - start[name]).norm() + 1e-6, name
 
 
 def test_a_step_is_adamw_on_the_mean_over_its_answer_tokens(tiny, tokenizer, train, valid):
@@ -212,10 +212,54 @@ def test_a_step_that_is_not_finite_is_not_applied(tiny, tokenizer, train, valid,
 def test_norms_and_biases_are_not_decayed(tiny):
     decayed, exempt = script.build_optimizer(tiny.text_model, 1e-3, 0.1, (0.9, 0.99)).param_groups
     names = {id(p): name for name, p in tiny.text_model.named_parameters()}
-    assert exempt["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
+    assert exempt["decay"] == 0 and decayed["decay"] == 0.1
     assert {names[id(p)].rsplit(".", 1)[1] for p in decayed["params"]} == {"weight"}
     assert all(names[id(p)].endswith((".bias", ".ln.weight")) for p in exempt["params"])
     assert len(decayed["params"]) + len(exempt["params"]) == len(names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weight_decay_acts(dtype):
+    """As much as it should, at a rate at which plain bfloat16 loses all of it."""
+    torch.manual_seed(0)
+    weight = torch.nn.Linear(64, 64, bias=False).to(dtype)
+    start = weight.weight.detach().double().clone()
+    optimizer = script.build_optimizer(weight, 3e-5, 0.1, (0.9, 0.99))
+    plain = torch.optim.AdamW([torch.nn.Parameter(start.to(dtype))], lr=3e-5, weight_decay=0.1)
+    for _ in range(1000):
+        weight.weight.grad = torch.zeros_like(weight.weight)
+        optimizer.step()
+        plain.param_groups[0]["params"][0].grad = torch.zeros_like(weight.weight)
+        plain.step()
+    expected = 1 - (1 - 3e-5 * 0.1) ** 1000
+    now = weight.weight.detach().double()
+    if dtype == torch.bfloat16:
+        now += optimizer.state[weight.weight]["kahan_comp"].double()
+    shrunk = 1 - (now * start).sum() / start.square().sum()
+    assert shrunk.item() == pytest.approx(expected, rel=0.1)
+    if dtype == torch.bfloat16:
+        assert torch.equal(plain.param_groups[0]["params"][0].detach().double(), start)
+
+
+def losses_in(dtype, tiny, tokenizer, train, valid, folder, optimizer=None):
+    """The mean training loss of the last of twelve epochs at a rate whose steps bfloat16 rounds away."""
+    model = copy.deepcopy(tiny).to(dtype)
+    run = make_run(model, tokenizer, train, valid, folder, batch_size=4, learning_rate=3e-5, epochs=12)
+    if optimizer:
+        run.optimizer = optimizer(model.text_model.parameters(), lr=3e-5, betas=run.constants.betas)
+    for run.progress.epoch in range(1, 13):
+        run.progress.step, run.progress.loss_sum, run.progress.tokens = 0, 0.0, 0
+        script.train_epoch(run)
+    return run.progress.loss_sum / run.progress.tokens
+
+
+def test_bfloat16_trains_as_float32_does(tiny, tokenizer, train, valid, tmp_path):
+    tiny.bfloat16().float()  # the same start for both
+    reference = losses_in(torch.float32, tiny, tokenizer, train, valid, tmp_path)
+    assert losses_in(torch.bfloat16, tiny, tokenizer, train, valid, tmp_path) == pytest.approx(reference, rel=0.03)
+    plain = losses_in(torch.bfloat16, tiny, tokenizer, train, valid, tmp_path, torch.optim.AdamW)
+    print(reference, plain)
+    assert plain > 1.03 * reference, "plain AdamW would pass: this test shows nothing"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,295 @@
+"""The plain way against this project's way, on the same pictures and questions, in one process and in turns.
+
+`python tests/benchmark.py` builds Moondream2 at full size with random weights in bfloat16. The plain way is the
+original's loop: for each batch encode each example's picture, embed, all logits, cross-entropy with -100, AdamW.
+Times are of an epoch and its validation (a question in four is for validation), with this project's one-time encoding
+of the pictures spread over EPOCHS = 5. It is an hour's work on two cores; `--layers 4 --vision_layers 4` or `--tiny`
+make it minutes.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from conftest import TINY, make_run
+from PIL import Image
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import finetune_moondream as script
+from features import FeatureStore
+from modeling_moondream2 import Moondream, MoondreamConfig
+from pictures import inspect
+
+VALID_SHARE = 0.25  # validation questions for each training question
+QUESTIONS = ("What does the pedestrian signal show?", "How many people are on the crossing?", "Is a car waiting?")
+ANSWERS = ("The signal is red.", "Two people.", "No, a car is still coming.")
+
+
+def build(arguments):
+    """The model in bfloat16, weights random but for the small checkpoint."""
+    if arguments.tiny:
+        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+    else:
+        text, vision = {"num_hidden_layers": arguments.layers}, {"num_hidden_layers": arguments.vision_layers}
+        with torch.device("meta"):
+            model = Moondream(MoondreamConfig(text_config=text, vision_config=vision)).to(torch.bfloat16)
+        model.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.normal_(1.0 if ".ln.weight" in name or ".norm" in name else 0.0, 0.02, generator=generator)
+    model.vision_encoder.requires_grad_(False)
+    return model
+
+
+class Examples(list):
+    """`count` questions on pictures of their own, `questions` on each, as a tokenized dataset."""
+
+    def __init__(self, folder, tokenizer, count, questions):
+        self.pictures = {}
+        for i in range(count):
+            number = i // questions
+            path = folder / f"{number}.png"
+            if not path.exists():
+                size = (640, 480) if number % 2 else (320, 240)
+                Image.effect_noise(size, 40 + number).convert("RGB").save(path)
+            picture = inspect(path)
+            self.pictures[picture.key] = picture
+            k = i % questions
+            question, answer = QUESTIONS[k % 3], ANSWERS[k % 3]
+            example = script.Example(f"{i}", path.name, question, answer, picture.key)
+            example.prompt_ids = tokenizer(script.prompt_text(question), add_special_tokens=False).input_ids
+            example.answer_ids = [
+                *tokenizer(f" {answer}", add_special_tokens=False).input_ids,
+                tokenizer.eos_token_id,
+            ]
+            self.append(example)
+
+
+class Plain:
+    """The original's loop."""
+
+    def __init__(self, model, tokenizer, learning_rate):
+        self.model, self.bos, self.learning_rate = model, tokenizer.bos_token_id, learning_rate
+
+    def start(self):
+        self.optimizer = torch.optim.AdamW(self.model.text_model.parameters(), lr=self.learning_rate)
+        self.optimizer.step()  # with the gradients of the turn before: makes its state, which is not to be timed
+        self.optimizer.zero_grad()
+
+    def stop(self):
+        self.optimizer = None
+
+    def loss(self, examples):
+        model, encoder = self.model, self.model.vision_encoder
+        with torch.no_grad():
+            images = [script.pixels_of(examples.pictures[example.picture], encoder) for example in examples]
+            image_embeds = encoder(images)
+        texts = [torch.tensor([self.bos, *example.prompt_ids, *example.answer_ids]) for example in examples]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.bos)
+        embeds = model.get_input_embeddings()(ids)
+        embeds = torch.cat([embeds[:, :1], image_embeds, embeds[:, 1:]], dim=1)
+        labels = torch.full(embeds.shape[:2], -100)
+        mask = torch.zeros(embeds.shape[:2], dtype=torch.long)
+        for r, example in enumerate(examples):
+            start = 1 + image_embeds.shape[1] + len(example.prompt_ids)
+            labels[r, start : start + len(example.answer_ids)] = torch.tensor(example.answer_ids)
+            mask[r, : start + len(example.answer_ids)] = 1
+        logits = model.text_model(inputs_embeds=embeds, attention_mask=mask).logits.float()
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+    def train(self, examples):
+        loss = self.loss(examples)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.text_model.parameters(), script.MAX_GRAD_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    @torch.no_grad()
+    def validate(self, examples):
+        return self.loss(examples).item()
+
+
+class Ours:
+    """The script's own functions."""
+
+    def __init__(self, model, tokenizer, examples, folder, batch_size):
+        self.model = model
+        self.run = make_run(model, tokenizer, examples, examples, batch_size=batch_size)
+        shape = (model.config.image_tokens, model.config.text_config.hidden_size)
+        self.run.store = self.run.collate.store = FeatureStore(folder, model.vision_encoder, shape)
+        self.run.optimizer = None
+
+    def start(self):
+        constants = self.run.constants
+        optimizer = script.build_optimizer(
+            self.model.text_model, constants.learning_rate, constants.weight_decay, constants.betas
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        self.run.optimizer = optimizer
+
+    def stop(self):
+        self.run.optimizer = None
+
+    def encode(self, examples):
+        script.encode_pictures(list(examples.pictures.values()), self.model.vision_encoder, self.run.store, show=False)
+
+    def train(self, examples):
+        self.model.train()
+        return script.train_step(self.run, [self.run.collate(list(examples))])[0]
+
+    def validate(self, examples):
+        self.run.valid = examples
+        return script.evaluate(self.run)
+
+    def forward_backward(self, examples):
+        batch = self.run.collate(list(examples))
+        embeds = script.image_embeds(batch, self.model.vision_encoder, self.run.store, "cpu")
+        seconds, _ = timed(lambda: script.loss_sum(self.model.text_model, batch, embeds).backward())
+        self.model.zero_grad()
+        return seconds, flops(self.model.config.text_config, batch)
+
+
+def timed(function):
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result
+
+
+def flops(config, batch):
+    """Of a forward and a backward pass over a batch's rows: twice as much back as forth, 2 for each multiply-add."""
+    rows, tokens = batch["segments"].shape
+    width = config.hidden_size
+    layer = (
+        tokens * (4 * width**2 + 2 * width * config.intermediate_size) + tokens**2 * width
+    )  # causal: half of 2 n n w
+    head = len(batch["scored"]) * width * config.vocab_size
+    return 6 * (rows * config.num_hidden_layers * layer + head)
+
+
+def matmul_rate(width, inner):
+    """Operations a second of a large product in bfloat16, of the shapes that the text model has."""
+    a, b = torch.randn(1600, width).bfloat16(), torch.randn(width, inner).bfloat16()
+    best = min(timed(lambda: a @ b)[0] for _ in range(12))
+    return 2 * 1600 * width * inner / best
+
+
+def compare(arguments, model, tokenizer, questions):
+    """Seconds a question for both sides, round by round, for so many questions a picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        examples = Examples(folder, tokenizer, arguments.batch_size * arguments.steps, questions)
+        batches = [examples[i : i + arguments.batch_size] for i in range(0, len(examples), arguments.batch_size)]
+        batches = [Batch(batch, examples.pictures) for batch in batches]
+        sides = {
+            "plain": Plain(model, tokenizer, script.LEARNING_RATE),
+            "ours": Ours(model, tokenizer, examples, folder / "features", arguments.batch_size),
+        }
+        encoding, _ = timed(lambda: sides["ours"].encode(examples))
+        encoding *= (1 + VALID_SHARE) / script.EPOCHS  # the validation pictures' too; once for all epochs
+        first = {name: side.validate(batches[0]) for name, side in sides.items()}
+        assert abs(first["plain"] - first["ours"]) < 0.02 * first["plain"], first
+        seconds = {"plain": [], "ours": []}
+        for parameter in model.text_model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for _ in range(arguments.rounds):
+            for name, side in sides.items():
+                side.start()
+                training, _ = timed(lambda side=side: [side.train(batch) for batch in batches])
+                side.stop()
+                validating, _ = timed(lambda side=side: [side.validate(batch) for batch in batches])
+                total = training + VALID_SHARE * validating + (encoding if name == "ours" else 0)
+                seconds[name].append(total / len(examples))
+                print(f"  {questions} a picture, {name}: {seconds[name][-1]:.3f} s a question", flush=True)
+                for parameter in model.text_model.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+        model.zero_grad()
+        rate = flops_rate = None
+        if questions == 4:
+            spent, operations = sides["ours"].forward_backward(batches[0])
+            rate, flops_rate = (
+                operations / spent,
+                matmul_rate(model.config.text_config.hidden_size, model.config.text_config.intermediate_size),
+            )
+        tokens = sum(len(e.prompt_ids) + len(e.answer_ids) + 1 + model.config.image_tokens for e in examples)
+        return seconds, tokens / len(examples), (rate, flops_rate)
+
+
+class Batch(list):
+    def __init__(self, examples, pictures):
+        super().__init__(examples)
+        self.pictures = pictures
+
+
+def peak(arguments, side):
+    """Peak memory in GiB of one side's training at the defaults, in a process of its own."""
+    command = [sys.executable, __file__, "--side", side, "--layers", str(arguments.layers)]
+    command += ["--vision_layers", str(arguments.vision_layers), "--batch_size", str(arguments.memory_batch_size)]
+    command += ["--tiny"] if arguments.tiny else []
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def measure_peak(arguments):
+    """Two steps of one side, one question a picture, then what the process had at most."""
+    model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(TINY)
+    with tempfile.TemporaryDirectory() as folder:
+        examples = Examples(Path(folder), tokenizer, arguments.batch_size, 1)
+        if arguments.side == "plain":
+            side = Plain(model, tokenizer, script.LEARNING_RATE)
+        else:
+            side = Ours(model, tokenizer, examples, Path(folder) / "features", arguments.batch_size)
+            side.encode(examples)
+        side.start()
+        for _ in range(2):
+            side.train(examples)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24, help="of the text model")
+    parser.add_argument("--vision_layers", type=int, default=27)
+    parser.add_argument("--tiny", action="store_true", help="the small checkpoint instead")
+    parser.add_argument("--questions_per_picture", type=int, nargs="*", default=[1, 4, 8])
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--memory_batch_size", type=int, default=2, help="for the peak memory: the script's default")
+    parser.add_argument("--steps", type=int, default=1, help="batches in a turn")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
+    parser.add_argument("--side", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        return measure_peak(arguments)
+
+    peaks = {side: peak(arguments, side) for side in ("plain", "ours")}
+    model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(TINY)
+    result = {}
+    print(f"{'questions a picture':>20} {'plain s/question':>17} {'ours s/question':>16} {'plain tokens/s':>15} ratio")
+    for questions in arguments.questions_per_picture:
+        seconds, tokens, (rate, best_rate) = compare(arguments, model, tokenizer, questions)
+        ratios = [a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True)]
+        plain, ours = (statistics.median(seconds[name]) for name in ("plain", "ours"))
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"{questions:>20} {plain:>17.3f} {ours:>16.3f} {tokens / plain:>15.0f} {plain / ours:.2f} ({spread})")
+        result[f"ratio_{questions}_question{'s' if questions > 1 else ''}"] = round(statistics.median(ratios), 3)
+        if rate:
+            print(f"{'':>20} text model forward and backward: {rate / 1e9:.0f} of {best_rate / 1e9:.0f} GFLOP/s")
+            result["share_of_matmul_rate"] = round(rate / best_rate, 3)
+    result |= {f"peak_gib_{side}": round(gib, 2) for side, gib in peaks.items()}
+    print(json.dumps(result))
+    return None
+
+
+if __name__ == "__main__":
+    main()
