@@ -4,6 +4,7 @@ What happens in a run, in the order of this file: data, model, rows, loss, train
 `{"image_path": ..., "question": ..., "answer": ...}`. README.md tells what a user asks next.
 """
 
+import importlib.util
 import json
 import math
 import random
@@ -20,6 +21,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from optimi import AdamW
+from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -181,7 +183,7 @@ def explained(model_id):
     """Says in one line why a model can't be had, or that it is another one."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(
             f"cannot load {model_id}: {first_line(error)} Where there is no network, fetch it elsewhere by "
             f"`hf download {MODEL_ID} --revision {REVISION} --local-dir moondream2`, copy it and give its path "
@@ -631,7 +633,8 @@ def prepare(constants, accelerator, stop):
     settings = settings_of(constants, MAY_CHANGE, train, valid, store.key)
     progress = resume_or_start(checkpoints, settings, constants.overwrite)
     pictures = train.pictures | valid.pictures
-    encode_pictures(list(pictures.values()), model.vision_encoder, store, check_stop=stop.check)
+    workers = WORKERS if accelerator.device.type == "cuda" else 0
+    encode_pictures(list(pictures.values()), model.vision_encoder, store, workers, check_stop=stop.check)
 
     accum, group = constants.grad_accum_steps, constants.group_by_picture
     sampler = StepSampler(train, constants.batch_size, accum, group, constants.seed)
@@ -666,6 +669,8 @@ def prepare(constants, accelerator, stop):
 
 def main():
     constants = flags.parse(globals(), sys.argv[1:], MAY_BE_ZERO, CHOICES)
+    if constants.tracker and not importlib.util.find_spec(constants.tracker):
+        raise InputError(f"TRACKER {constants.tracker!r} needs its package: pip install {constants.tracker}")
     output_dir = Path(constants.output_dir)
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="PIL")  # of files that are read all the same; broken ones are named

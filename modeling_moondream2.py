@@ -129,6 +129,25 @@ def preprocess(image, image_size=378, tile_from=512):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)) that computes gelu(x) again in the backward pass: a quarter less to keep of a training step."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            activated = F.gelu(x, approximate="tanh")
+        (grad_x,) = torch.autograd.grad(activated, x, grad @ weight)
+        grad = grad.flatten(0, -2)
+        return grad_x, grad.T @ activated.detach().flatten(0, -2), grad.sum(0)
+
+
 class MLP(nn.Module):
     def __init__(self, in_features, hidden_features, out_features):
         super().__init__()
@@ -136,7 +155,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
 
 
 class VisionAttention(nn.Module):

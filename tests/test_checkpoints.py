@@ -309,7 +309,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(flags, run_main, tmp_path):
 
 
 def test_the_best_epoch_is_saved(flags, run_main, tokenizer, data, capsys):
-    """Validation wants other answers than training, so it overfits: the epoch of the lowest loss is saved, not the last."""
+    """Validation wants other answers than training, so it overfits: the best epoch is saved, not the last."""
     valid = flags["valid_file"].read_text()
     flags["valid_file"].write_text(
         valid.replace("A box", "One").replace("Nobody knows", "A box").replace("One.", "No.")
