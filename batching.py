@@ -1,7 +1,13 @@
-"""Which examples go through the model together: micro-batches for training, whole rows for validation."""
+"""Which examples go through the model together, and how they are laid out in rows, one for each picture."""
 
 import random
 from collections import defaultdict
+
+import torch
+from torch.nn import functional as F
+
+from modeling_moondream2 import lay_out_rows
+from pictures import PictureError, pixels_of
 
 
 def text_tokens(example):
@@ -87,3 +93,45 @@ def whole_rows(dataset, numbers, rows, tokens):
         ordered = [row for _, row in sorted(part)]
         batches += [sum(ordered[start : start + rows], []) for start in range(0, len(ordered), rows)]
     return batches
+
+
+class Collator:
+    """Lays a micro-batch of examples out in rows, one for each picture, and brings its features or its pixels.
+
+    Returns a dictionary: `input_ids`, `segments`, `position_ids` of `lay_out_rows`; `labels` (rows, tokens), -100
+    but on answers; `scored` (n,), the flat positions that predict an answer token; `pictures`, for each row (Picture,
+    features or pixels); `examples`, for each row a list; `failed`, a list of (place, reason) left out.
+    """
+
+    def __init__(self, model, tokenizer, store, pictures):
+        self.bos, self.image_tokens = tokenizer.bos_token_id, model.config.image_tokens
+        self.image_size, self.tile_from = model.vision_encoder.image_size, model.vision_encoder.tile_from
+        self.store, self.pictures = store, pictures
+
+    def __call__(self, examples):
+        rows, pictures, failed = [], [], []
+        for key, numbers in by_picture(examples, range(len(examples))).items():
+            row = [examples[i] for i in numbers]
+            try:
+                features = self.store.load(key)
+                features = pixels_of(self.pictures[key], self) if features is None else features
+            except PictureError as error:
+                failed += [(example.place, f"picture broken: {example.image_path}: {error}") for example in row]
+            else:
+                rows.append(row)
+                pictures.append((self.pictures[key], features))
+        return {**self.lay_out(rows), "pictures": pictures, "examples": rows, "failed": failed}
+
+    def lay_out(self, rows):
+        if not rows:
+            return {}
+        texts = [[example.prompt_ids + example.answer_ids for example in row] for row in rows]
+        layout = lay_out_rows(texts, self.bos, self.image_tokens)
+        labels = torch.full_like(layout["segments"], -100)
+        for r, row in enumerate(rows):
+            end = 1 + self.image_tokens
+            for example in row:
+                start, end = end + len(example.prompt_ids), end + len(example.prompt_ids) + len(example.answer_ids)
+                labels[r, start:end] = torch.tensor(example.answer_ids)
+        scored = (F.pad(labels[:, 1:], (0, 1), value=-100).flatten() != -100).nonzero()[:, 0]
+        return {**layout, "labels": labels, "scored": scored}

@@ -147,6 +147,8 @@ class Checkpoints:
     def save(self, accelerator, progress, is_best):
         before = self.newest()
         path = self.folder / f"epoch-{progress.epoch:04d}-step-{progress.step:08d}"
+        if path == before:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with write_whole(path) as beside:
             accelerator.save_state(str(beside))

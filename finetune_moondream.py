@@ -1,6 +1,6 @@
 """Fine-tunes Moondream2 on your own pictures and questions: edit the constants, run the file.
 
-What happens in a run, in the order of this file: data, model, rows, loss, training, saving. Data is two files of lines
+A run in the order of this file: data, model, loss and answers, training, saving. Data is two files of lines
 `{"image_path": ..., "question": ..., "answer": ...}`. README.md tells what a user asks next.
 """
 
@@ -11,7 +11,6 @@ import random
 import sys
 import time
 import warnings
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +19,14 @@ from types import SimpleNamespace
 import torch
 import transformers
 from accelerate import Accelerator
-from optimi import AdamW
 from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import flags
-from batching import StepSampler, whole_rows
+from batching import Collator, StepSampler, whole_rows
 from checkpoints import (
     Checkpoints,
     Interrupted,
@@ -47,8 +44,9 @@ from features import FeatureStore, encode_pictures
 from flags import InputError
 from jsonl import read_lines
 from model_card import how_to_ask, model_card, predictions, report_of
-from modeling_moondream2 import Moondream, MoondreamConfig, lay_out_rows, prompt_text, row_mask
-from pictures import PictureError, find_picture, inspect_all, pixels_of
+from modeling_moondream2 import Moondream, MoondreamConfig, prompt_text, row_mask
+from optimizer import build_optimizer, build_scheduler
+from pictures import PictureError, find_picture, inspect_all
 from report import write_report
 from scoring import is_correct
 
@@ -58,7 +56,9 @@ REVISION: str = "92d3d73b6fd61ab84d9fe093a9c7fd8c04bf2c0d"  # of the hub: the co
 TRAIN_FILE: str = "train.jsonl"  # one {"image_path", "question", "answer"} a line
 VALID_FILE: str = "valid.jsonl"  # other pictures than those in TRAIN_FILE: they judge each epoch
 OUTPUT_DIR: str = "./moondream_crosswalks_finetuned"  # the saved model, the log and the report
-FEATURES_DIR: str | None = "./features"  # keeps what the vision encoder says of each picture, 3 MB each; None: nothing
+FEATURES_DIR: str | None = (
+    "./picture_features"  # keeps what the vision encoder says of each picture, 3 MB each; None: nothing
+)
 EPOCHS: int = 5  # passes over the training data; the best one is saved, so more cost only time
 BATCH_SIZE: int = 2  # questions in a micro-batch of one process: the most that fits, then GRAD_ACCUM_STEPS
 GRAD_ACCUM_STEPS: int = 1  # micro-batches in an optimizer step
@@ -237,55 +237,6 @@ def print_parameters(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows: a picture with its questions and answers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Collator:
-    """Lays a micro-batch of examples out in rows, one for each picture, and brings its features or its pixels.
-
-    Returns a dictionary: `input_ids`, `segments`, `position_ids` of `lay_out_rows`; `labels` (rows, tokens), -100
-    but on answers; `scored` (n,), the flat positions that predict an answer token; `pictures`, for each row (Picture,
-    features or pixels); `examples`, for each row a list; `failed`, a list of (place, reason) left out.
-    """
-
-    def __init__(self, model, tokenizer, store, pictures):
-        self.bos, self.image_tokens = tokenizer.bos_token_id, model.config.image_tokens
-        self.image_size, self.tile_from = model.vision_encoder.image_size, model.vision_encoder.tile_from
-        self.store, self.pictures = store, pictures
-
-    def __call__(self, examples):
-        by_picture = defaultdict(list)
-        for example in examples:
-            by_picture[example.picture].append(example)
-        rows, pictures, failed = [], [], []
-        for key, row in by_picture.items():
-            try:
-                features = self.store.load(key)
-                features = pixels_of(self.pictures[key], self) if features is None else features
-            except PictureError as error:
-                failed += [(example.place, f"picture broken: {example.image_path}: {error}") for example in row]
-            else:
-                rows.append(row)
-                pictures.append((self.pictures[key], features))
-        return {**self.lay_out(rows), "pictures": pictures, "examples": rows, "failed": failed}
-
-    def lay_out(self, rows):
-        if not rows:
-            return {}
-        texts = [[example.prompt_ids + example.answer_ids for example in row] for row in rows]
-        layout = lay_out_rows(texts, self.bos, self.image_tokens)
-        labels = torch.full_like(layout["segments"], -100)
-        for r, row in enumerate(rows):
-            end = 1 + self.image_tokens
-            for example in row:
-                start, end = end + len(example.prompt_ids), end + len(example.prompt_ids) + len(example.answer_ids)
-                labels[r, start:end] = torch.tensor(example.answer_ids)
-        scored = (F.pad(labels[:, 1:], (0, 1), value=-100).flatten() != -100).nonzero()[:, 0]
-        return {**layout, "labels": labels, "scored": scored}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Loss and answers
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -336,9 +287,8 @@ def answer(run):
     numbers = random.Random(run.constants.seed).sample(range(len(run.valid)), len(run.valid))
     numbers = sorted(numbers[: run.constants.valid_answers])
     answers = {}
-    for batch in collated(
-        run, run.valid, whole_rows(run.valid, numbers, 4 * run.constants.batch_size, run.room), "Answering"
-    ):
+    batches = whole_rows(run.valid, numbers, 4 * run.constants.batch_size, run.room)
+    for batch in collated(run, run.valid, batches, "Answering"):
         run.stop.check()
         if batch["examples"]:
             embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
@@ -415,43 +365,6 @@ def report_failed(progress, failed):
         if place not in known:
             progress.left_out.append([place, reason])
             tqdm.write(f"left out {place}: {reason} ({len(progress.left_out)} so far)")
-
-
-def build_optimizer(model, learning_rate, weight_decay, betas):
-    """AdamW over the parameters that need gradients, as good in bfloat16 as in float32; norms and biases don't decay.
-
-    A bfloat16 weight has 8 bits: most of an update of 3e-5 rounds away. Kahan summation keeps what was rounded away in
-    one more bfloat16 number a weight. Measured against float32 on two full-width layers, 160 steps: training loss
-    1.01 times as high, with plain AdamW 27 times; 10 bytes a parameter, gradient and all, instead of 16.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "decay": weight_decay, "owed": 0.0},
-        {"params": [p for p in parameters if p.dim() <= 1], "decay": 0.0, "owed": 0.0},
-    ]
-    optimizer = AdamW(
-        groups, lr=learning_rate, betas=betas, eps=1e-8, weight_decay=0.0, kahan_sum=True, triton=False, foreach=False
-    )
-    optimizer.register_step_pre_hook(decay_weights)
-    return optimizer
-
-
-@torch.no_grad()
-def decay_weights(optimizer, *_):
-    """Weight decay that acts: a factor of 1 - 3e-5 * 0.01 is 1 in bfloat16, so it is saved up until it is not."""
-    for group in optimizer.param_groups:
-        group["owed"] += group["lr"] * group["decay"]
-        if group["owed"] > 2**-14:  # less than that rounds away even in the compensation
-            for p in group["params"]:
-                if p.grad is not None:
-                    compensation = optimizer.state.get(p, {}).get("kahan_comp")  # float32 weights have none
-                    (p if compensation is None else compensation).add_(p, alpha=-group["owed"])
-            group["owed"] = 0.0
-
-
-def build_scheduler(optimizer, name, warmup_steps, steps):
-    name = "constant_with_warmup" if name == "constant" and warmup_steps else name
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
 
 
 def train_step(run, batches):
@@ -534,7 +447,7 @@ def finish_epoch(run):
         "seconds": round(time.monotonic() - clock, 3),
     }
     trained = [each["valid_loss"] for each in progress.history if each["epoch"]]
-    is_best = progress.epoch > 0 and valid_loss < min(trained, default=math.inf)
+    is_best = progress.epoch > 0 and (not trained or valid_loss < min(trained))
     if is_best:
         progress.best_epoch, progress.answers_best = progress.epoch, answers
     if not progress.epoch:
@@ -542,7 +455,8 @@ def finish_epoch(run):
     progress.history.append(record)
     progress.epoch, progress.step = progress.epoch + 1, 0
     progress.loss_sum, progress.tokens, progress.seconds = 0.0, 0, 0.0
-    print_record(record, constants.epochs)
+    before = progress.history[0]["valid_accuracy"]
+    print_record(record, before, run.data["baseline_accuracy"], constants.epochs)
     if record["epoch"]:
         run.checkpoints.save(run.accelerator, progress, is_best)
     write_text(run.output_dir / "training_log.jsonl", "".join(json.dumps(each) + "\n" for each in progress.history))
@@ -550,13 +464,15 @@ def finish_epoch(run):
     run.accelerator.log(scores, record["epoch"] * run.sampler.steps)
 
 
-def print_record(record, epochs):
+def print_record(record, before, baseline, epochs):
+    """One line: losses and accuracy, beside the accuracy before training and of the most frequent answers."""
     name = f"Epoch {record['epoch']} of {epochs}" if record["epoch"] else "Before training"
     parts = [] if record["train_loss"] is None else [f"Training Avg Loss: {record['train_loss']:.4f}"]
     parts.append(f"Validation Avg Loss: {record['valid_loss']:.4f}")
     if record["valid_accuracy"] is not None:
-        parts.append(f"Validation accuracy: {record['valid_accuracy']:.1%}")
-    print(f"{name}: {', '.join(parts)} ({record['seconds']:.0f} s)", flush=True)
+        start = f"before training {before:.1%}, " if record["epoch"] else ""
+        parts.append(f"Validation accuracy: {record['valid_accuracy']:.1%} ({start}baseline {baseline:.1%})")
+    print(f"{name}: {', '.join(parts)}, {record['seconds']:.0f} s", flush=True)
 
 
 def train(run):
@@ -611,6 +527,15 @@ def print_best(progress, epochs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def keep_features(pictures, model, store, device, stop):
+    """Encodes all pictures into the store; where that can't be, each will be encoded whenever it is needed."""
+    workers = WORKERS if device.type == "cuda" else 0
+    if encode_pictures(list(pictures.values()), model.vision_encoder, store, workers, check_stop=stop.check):
+        model.vision_encoder.cpu()  # it has said all it will be asked: 0.8 GiB of a card for the text model
+    else:
+        store.folder = None
+
+
 def prepare(constants, accelerator, stop):
     """All that a run needs before its first step: data, model, features, optimizer, and where it stands."""
     train, valid = VQADataset(constants.train_file), VQADataset(constants.valid_file)
@@ -633,9 +558,7 @@ def prepare(constants, accelerator, stop):
     settings = settings_of(constants, MAY_CHANGE, train, valid, store.key)
     progress = resume_or_start(checkpoints, settings, constants.overwrite)
     pictures = train.pictures | valid.pictures
-    workers = WORKERS if accelerator.device.type == "cuda" else 0
-    encode_pictures(list(pictures.values()), model.vision_encoder, store, workers, check_stop=stop.check)
-
+    keep_features(pictures, model, store, accelerator.device, stop)
     accum, group = constants.grad_accum_steps, constants.group_by_picture
     sampler = StepSampler(train, constants.batch_size, accum, group, constants.seed)
     optimizer = build_optimizer(model.text_model, constants.learning_rate, constants.weight_decay, constants.betas)
@@ -669,16 +592,18 @@ def prepare(constants, accelerator, stop):
 
 def main():
     constants = flags.parse(globals(), sys.argv[1:], MAY_BE_ZERO, CHOICES)
-    if constants.tracker and not importlib.util.find_spec(constants.tracker):
-        raise InputError(f"TRACKER {constants.tracker!r} needs its package: pip install {constants.tracker}")
     output_dir = Path(constants.output_dir)
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="PIL")  # of files that are read all the same; broken ones are named
+    if constants.tracker and not importlib.util.find_spec(constants.tracker):
+        raise InputError(f"TRACKER {constants.tracker!r} needs its package: pip install {constants.tracker}")
+    accelerator = Accelerator(mixed_precision="no", log_with=constants.tracker, project_dir=output_dir)
+    if accelerator.num_processes > 1:
+        raise InputError("a run is one process so far: start it by python finetune_moondream.py")
     with only_run_in(output_dir):
         is_finished = (output_dir / "config.json").exists() and not Checkpoints(output_dir).newest()
         if is_finished and not constants.overwrite:
             raise InputError(f"{output_dir} holds a finished model: give another OUTPUT_DIR or --overwrite true")
-        accelerator = Accelerator(mixed_precision="no", log_with=constants.tracker, project_dir=output_dir)
         accelerator.init_trackers("finetune_moondream", {name: str(value) for name, value in vars(constants).items()})
         try:
             run = prepare(constants, accelerator, Stop())

@@ -116,8 +116,12 @@ def check(name, value, kind, may_be_zero, choices):
 
 
 def run(main):
-    """Runs `main`; an InputError ends the program with its one line and status 1."""
+    """Runs `main`; what a person can mend ends the program with one line and status 1."""
     try:
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a disk that went away, a folder that no longer lets in
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")

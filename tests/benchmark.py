@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import finetune_moondream as script
 from features import FeatureStore
 from modeling_moondream2 import Moondream, MoondreamConfig
-from pictures import inspect
+from pictures import inspect, pixels_of
 
 VALID_SHARE = 0.25  # validation questions for each training question
 QUESTIONS = ("What does the pedestrian signal show?", "How many people are on the crossing?", "Is a car waiting?")
@@ -93,7 +93,7 @@ class Plain:
     def loss(self, examples):
         model, encoder = self.model, self.model.vision_encoder
         with torch.no_grad():
-            images = [script.pixels_of(examples.pictures[example.picture], encoder) for example in examples]
+            images = [pixels_of(examples.pictures[example.picture], encoder) for example in examples]
             image_embeds = encoder(images)
         texts = [torch.tensor([self.bos, *example.prompt_ids, *example.answer_ids]) for example in examples]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.bos)

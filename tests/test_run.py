@@ -41,6 +41,7 @@ def test_what_it_prints(sample):
     for epoch, record in enumerate(history(folder)[1:], start=1):
         start = f"Epoch {epoch} of 5: Training Avg Loss: {record['train_loss']:.4f}, "
         start += f"Validation Avg Loss: {record['valid_loss']:.4f}, "
+        start += f"Validation accuracy: {record['valid_accuracy']:.1%} (before training 0.0%, baseline 31.2%), "
         assert any(line.startswith(start) for line in lines)
     assert any(line.startswith("Best epoch: ") for line in lines)
     assert "baseline accuracy" in out and "Encoding 88 pictures" in out

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import finetune_moondream as script
 from flags import InputError
 from modeling_moondream2 import prompt_text
+from pictures import pixels_of
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def plain_losses(model, tokenizer, examples, pictures):
         prompt = tokenizer(prompt_text(example.question), add_special_tokens=False).input_ids
         answer = [*tokenizer(f" {example.answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
-            pixels = script.pixels_of(pictures[example.picture], model.vision_encoder)
+            pixels = pixels_of(pictures[example.picture], model.vision_encoder)
             image = model.vision_encoder([pixels])
         ids = model.get_input_embeddings()(torch.tensor([[tokenizer.bos_token_id, *prompt, *answer]]))
         embeds = torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1)
@@ -161,7 +162,7 @@ def test_answers_are_those_of_answer_question(tiny, tokenizer, train, valid):
     run = make_run(tiny, tokenizer, train, valid, batch_size=1)
     expected = {}
     for example in valid.examples:
-        embeds = tiny.encode_image([script.pixels_of(valid.pictures[example.picture], tiny.vision_encoder)])
+        embeds = tiny.encode_image([pixels_of(valid.pictures[example.picture], tiny.vision_encoder)])
         expected[example.place] = tiny.answer_question(
             embeds, example.question, tokenizer, max_new_tokens=script.MAX_NEW_TOKENS
         )
