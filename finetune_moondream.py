@@ -56,9 +56,7 @@ REVISION: str = "92d3d73b6fd61ab84d9fe093a9c7fd8c04bf2c0d"  # of the hub: the co
 TRAIN_FILE: str = "train.jsonl"  # one {"image_path", "question", "answer"} a line
 VALID_FILE: str = "valid.jsonl"  # other pictures than those in TRAIN_FILE: they judge each epoch
 OUTPUT_DIR: str = "./moondream_crosswalks_finetuned"  # the saved model, the log and the report
-FEATURES_DIR: str | None = (
-    "./picture_features"  # keeps what the vision encoder says of each picture, 3 MB each; None: nothing
-)
+FEATURES_DIR: str | None = "./picture_features"  # what the encoder says of each picture, 3 MB each; None: not kept
 EPOCHS: int = 5  # passes over the training data; the best one is saved, so more cost only time
 BATCH_SIZE: int = 2  # questions in a micro-batch of one process: the most that fits, then GRAD_ACCUM_STEPS
 GRAD_ACCUM_STEPS: int = 1  # micro-batches in an optimizer step
@@ -459,9 +457,14 @@ def finish_epoch(run):
     print_record(record, before, run.data["baseline_accuracy"], constants.epochs)
     if record["epoch"]:
         run.checkpoints.save(run.accelerator, progress, is_best)
-    write_text(run.output_dir / "training_log.jsonl", "".join(json.dumps(each) + "\n" for each in progress.history))
+    write_log(run)
     scores = {name: record[name] for name in ("valid_loss", "valid_accuracy") if record[name] is not None}
     run.accelerator.log(scores, record["epoch"] * run.sampler.steps)
+
+
+def write_log(run):
+    records = "".join(json.dumps(record) + "\n" for record in run.progress.history)
+    write_text(run.output_dir / "training_log.jsonl", records)
 
 
 def print_record(record, before, baseline, epochs):
@@ -507,6 +510,7 @@ def save(run):
         run.model.save_pretrained(beside)
         run.tokenizer.save_pretrained(beside)
         (beside / "README.md").write_text(model_card(run), encoding="utf-8")
+    write_log(run)  # again: a run that was killed between checkpoint and log comes here at once
     answers = predictions(run)
     write_text(run.output_dir / "predictions.jsonl", "".join(json.dumps(each) + "\n" for each in answers))
     write_report(run.output_dir / "report.html", report_of(run, answers))

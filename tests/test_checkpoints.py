@@ -142,6 +142,21 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(flags, tmp_path):
         assert_same_result(folder, tmp_path / "whole")
 
 
+def die_after_a_checkpoint(run):
+    if run.checkpoints.newest():
+        raise KeyboardInterrupt
+
+
+def test_killed_between_checkpoint_and_log_it_still_writes_the_log(flags, run_main, monkeypatch):
+    flags["epochs"] = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_log", die_after_a_checkpoint)
+        with pytest.raises(KeyboardInterrupt):
+            run_main(**flags)
+    run_main(**flags)
+    assert [record["epoch"] for record in log_of(flags["output_dir"])] == [0, 1]
+
+
 class StopAt(Stop):
     """Asks to stop at the n-th check."""
 
