@@ -71,7 +71,7 @@ GRADIENT_CHECKPOINTING: bool = False  # compute activations twice instead of kee
 PATIENCE: int | None = None  # stop after so many epochs without a better validation loss; None: never
 VALID_ANSWERS: int = 1000  # validation questions answered before training and after each epoch, at most
 CHECKPOINT_STEPS: int = 1000  # optimizer steps between checkpoints, besides one an epoch
-OVERWRITE: bool = False  # discard what OUTPUT_DIR holds, a finished model or a run to go on with
+OVERWRITE: bool = False  # replace a finished model, or discard a run of other settings, in OUTPUT_DIR
 TRACKER: str | None = None  # "tensorboard", "wandb", "trackio": where losses go besides OUTPUT_DIR
 SEED: int = 0  # of the order in which examples are drawn
 
