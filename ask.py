@@ -33,7 +33,7 @@ def ask(model, tokenizer, path, questions):
         print(answer)
 
 
-def score(model_id, model, tokenizer, path, batch_size, output_dir):
+def score(accelerator, model_id, model, tokenizer, path, batch_size, output_dir):
     """Prints accuracy and loss on a file of questions; writes the answers and a report into a folder."""
     data = script.VQADataset(path)
     room = model.config.text_config.max_position_embeddings - 1 - model.config.image_tokens
@@ -42,7 +42,8 @@ def score(model_id, model, tokenizer, path, batch_size, output_dir):
     store = FeatureStore(None, model.vision_encoder, (model.config.image_tokens, model.config.text_config.hidden_size))
     scored = SimpleNamespace(
         constants=SimpleNamespace(batch_size=batch_size, valid_file=path, valid_answers=len(data), seed=0),
-        device=model.device,
+        accelerator=accelerator,
+        device=accelerator.device,
         model=model,
         tokenizer=tokenizer,
         valid=data,
@@ -89,10 +90,11 @@ def main():
         raise InputError("give a picture and at least one question, or a .jsonl file alone")
     transformers.utils.logging.set_verbosity_error()
     _, tokenizer = script.load_tokenizer(words.model, script.REVISION)
-    model = script.load_model(words.model, script.REVISION).to(Accelerator().device)
+    accelerator = Accelerator()
+    model = script.load_model(words.model, script.REVISION).to(accelerator.device)
     if is_file:
         output_dir = Path(words.output_dir or Path(words.picture).with_suffix("").name + "_scored")
-        score(words.model, model, tokenizer, words.picture, words.batch_size, output_dir)
+        score(accelerator, words.model, model, tokenizer, words.picture, words.batch_size, output_dir)
     else:
         ask(model, tokenizer, words.picture, words.question)
 

@@ -1,6 +1,7 @@
 """Which examples go through the model together, and how they are laid out in rows, one for each picture."""
 
 import random
+from bisect import bisect_left
 from collections import defaultdict
 
 import torch
@@ -8,6 +9,8 @@ from torch.nn import functional as F
 
 from modeling_moondream2 import lay_out_rows
 from pictures import PictureError, pixels_of
+
+PREFIX = 730  # positions of a row before its first question: what a row costs at least
 
 
 def text_tokens(example):
@@ -29,24 +32,27 @@ class StepSampler:
     they are cut into micro-batches and shared among processes; the last step of an epoch takes what is left.
     """
 
-    def __init__(self, dataset, batch_size, accum, group_by_picture, seed, rank=0, processes=1):
-        self.dataset, self.accum, self.group_by_picture, self.seed = dataset, accum, group_by_picture, seed
+    def __init__(self, dataset, step_size, batch_size, group_by_picture, seed, rank=0, processes=1):
+        self.dataset, self.step_size, self.group_by_picture, self.seed = dataset, step_size, group_by_picture, seed
         self.rank, self.processes = rank, processes
-        self.step_size = batch_size * accum * processes
-        self.steps = -(-len(dataset) // self.step_size)
+        self.accum = -(-step_size // (batch_size * processes))
+        self.steps = -(-len(dataset) // step_size)
         self.epoch, self.first_step = 0, 0  # set before each epoch
 
     def __len__(self):
         return (self.steps - self.first_step) * self.accum
 
     def __iter__(self):
-        order = self.order()
-        for step in range(self.first_step, self.steps):
-            numbers = self.rows_together(order[step * self.step_size : (step + 1) * self.step_size])
-            share = -(-len(numbers) // (self.accum * self.processes))
-            for micro in range(self.accum):
-                start = (micro * self.processes + self.rank) * share
-                yield numbers[start : start + share]
+        order, done = self.order(), [0] * self.processes
+        for step in range(self.steps):
+            batches = self.cut(order[step * self.step_size : (step + 1) * self.step_size])
+            for start in range(0, len(batches), self.processes):
+                # Who has done most so far gets what is least, here and over the epoch.
+                ranks = sorted(range(self.processes), key=done.__getitem__, reverse=True)
+                for rank, batch in zip(ranks, batches[start : start + self.processes], strict=True):
+                    done[rank] += self.work(batch)
+                    if rank == self.rank and step >= self.first_step:
+                        yield [i for row in batch for i in row]
 
     def order(self):
         """All example numbers, shuffled: one by one, or in groups on one picture that fit into a step."""
@@ -63,13 +69,34 @@ class StepSampler:
         draw.shuffle(groups)
         return [i for group in groups for i in group]
 
-    def rows_together(self, numbers):
-        """A step's examples so ordered that those on one picture make one row, and rows of similar length one batch."""
-        groups = by_picture(self.dataset, sorted(numbers)).values()
-        return [i for group in sorted(groups, key=self.length) for i in group]
+    def cut(self, numbers):
+        """A step's rows, one a picture, as micro-batches for all processes, from the least work to the most.
 
-    def length(self, numbers):
-        return sum(text_tokens(self.dataset[i]) for i in numbers)
+        Rows of similar length lie together, and the micro-batch with the most work has as little as can be.
+        """
+        parts = self.accum * self.processes
+        most = -(-len(numbers) // parts)  # rows; BATCH_SIZE but in an epoch's last step
+        rows = sorted(by_picture(self.dataset, sorted(numbers)).values(), key=self.length, reverse=True)
+
+        def batches(size):
+            cut, start = [], 0
+            while start < len(rows):
+                end = start + min(most, max(1, size // self.length(rows[start])))
+                cut.append(rows[start:end])
+                start = end
+            return cut
+
+        sizes = range(most * self.length(rows[0]) + 1)
+        least = bisect_left(sizes, True, key=lambda size: len(batches(size)) <= parts)
+        cut = sorted(batches(least), key=self.work)
+        return [[]] * (parts - len(cut)) + cut
+
+    def length(self, row):
+        return PREFIX + sum(text_tokens(self.dataset[i]) for i in row)
+
+    def work(self, batch):
+        """The positions of a micro-batch, padding included."""
+        return len(batch) * max(map(self.length, batch), default=0)
 
 
 def whole_rows(dataset, numbers, rows, tokens):
@@ -123,8 +150,10 @@ class Collator:
         return {**self.lay_out(rows), "pictures": pictures, "examples": rows, "failed": failed}
 
     def lay_out(self, rows):
-        if not rows:
-            return {}
+        if not rows:  # one position, on which nothing is trained
+            layout = lay_out_rows([[]], self.bos, image_tokens=0)
+            nothing = torch.empty(0, dtype=torch.long)
+            return {**layout, "labels": torch.full_like(layout["segments"], -100), "scored": nothing}
         texts = [[example.prompt_ids + example.answer_ids for example in row] for row in rows]
         layout = lay_out_rows(texts, self.bos, self.image_tokens)
         labels = torch.full_like(layout["segments"], -100)

@@ -6,12 +6,17 @@ import json
 import os
 import shutil
 import signal
+import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from flags import InputError
+from processes import any_says, from_main
 
 
 def sync(path):
@@ -39,7 +44,7 @@ def write_whole(path):
     Raises:
         InputError: the disk is full, or the folder can't be written to.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         try:
             remove(beside)
@@ -77,20 +82,33 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a wish that `check` utters at a safe place; the second ends at once."""
+    """Turns the first SIGINT or SIGTERM into a wish that `check` utters at a safe place; the second ends at once.
 
-    def __init__(self):
-        self.signum = None
+    Of several processes each is sent the signal by the terminal and again by the launcher: there a second one is not
+    more than the first, and the launcher ends what takes too long.
+    """
+
+    def __init__(self, accelerator):
+        self.accelerator, self.signum = accelerator, None
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.ask)
 
     def ask(self, signum, frame):
+        is_first, is_alone = self.signum is None, self.accelerator.num_processes == 1
         self.signum = signum
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        print(f"\n{signal.Signals(signum).name}: finishing the step. Once more ends at once.", flush=True)
+        if is_alone:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_DFL)
+        if is_first:
+            end = " Once more ends at once." if is_alone else ""
+            print(f"\n{signal.Signals(signum).name}: finishing the step.{end}", flush=True)
 
     def check(self):
+        """To be called by all processes: each of them stops where one was asked to."""
+        if any_says(self.accelerator, self.signum is not None):
+            raise Interrupted(self.signum or signal.SIGTERM)
+
+    def check_alone(self):
         if self.signum is not None:
             raise Interrupted(self.signum)
 
@@ -118,6 +136,7 @@ class Progress:
     """Where a run stands: all that a checkpoint holds besides weights, optimizer and schedule. Plain JSON."""
 
     settings: dict  # what would make the run another one if it changed
+    step_size: int = 0  # questions in an optimizer step, over all micro-batches and processes
     epoch: int = 0  # the epoch under way; epoch 0 is what comes before training
     step: int = 0  # optimizer steps done in it
     loss_sum: float = 0.0  # over its answer tokens so far
@@ -133,8 +152,9 @@ class Progress:
 class Checkpoints:
     """The checkpoints of a run, in a folder of OUTPUT_DIR: one whole one, and beside it the next while it is written.
 
-    A checkpoint is a folder with accelerate's state (weights, optimizer, schedule), `progress.json`, and
-    `best.safetensors`, the text model's weights of the best epoch so far: a hard link, which costs nothing.
+    A checkpoint is a folder with `model.safetensors` and `optimizer.pt`, the text model's weights and the states of
+    optimizer and schedule, `progress.json`, and `best.safetensors`, the weights of the best epoch so far: a hard link,
+    which costs nothing. It is the same for any number of processes, sharded or not; only the main one touches it.
     """
 
     def __init__(self, output_dir):
@@ -144,14 +164,24 @@ class Checkpoints:
         """The newest whole checkpoint, or None."""
         return max(self.folder.glob("epoch-*"), default=None)
 
-    def save(self, accelerator, progress, is_best):
+    def save(self, accelerator, model, optimizer, scheduler, progress, is_best):
+        """Called by all processes."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=accelerator.is_fsdp2)
+        weights, state = get_state_dict(model, optimizer, options=options)
+        if accelerator.is_main_process:
+            self.write(weights, {"optimizer": state, "scheduler": scheduler.state_dict()}, progress, is_best)
+        accelerator.wait_for_everyone()
+
+    def write(self, weights, state, progress, is_best):
         before = self.newest()
         path = self.folder / f"epoch-{progress.epoch:04d}-step-{progress.step:08d}"
         if path == before:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with write_whole(path) as beside:
-            accelerator.save_state(str(beside))
+            beside.mkdir()
+            save_file(weights, beside / "model.safetensors")
+            torch.save(state, beside / "optimizer.pt")
             best = beside / "model.safetensors" if is_best else before and before / "best.safetensors"
             if best and best.exists():
                 link(best, beside / "best.safetensors")
@@ -159,6 +189,19 @@ class Checkpoints:
         for old in self.folder.iterdir():
             if old != path:
                 remove(old)
+
+    def load(self, accelerator, model, optimizer, scheduler):
+        """Brings the newest checkpoint, if there is one, into what `accelerator.prepare` gave; called by all."""
+        path = from_main(accelerator, self.newest)
+        if path is None:
+            return
+        weights, state = {}, {"optimizer": {}, "scheduler": None}
+        if accelerator.is_main_process:
+            weights = load_file(path / "model.safetensors")
+            state = torch.load(path / "optimizer.pt", weights_only=True)
+        scheduler.load_state_dict(from_main(accelerator, lambda: state["scheduler"]))
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"], options=options)
 
     def progress(self):
         """The progress that the newest checkpoint holds, as a dictionary; None without one."""
@@ -211,15 +254,15 @@ def settings_of(constants, may_change, train, valid, vision_encoder):
     return json.loads(json.dumps(settings))  # as it comes back from a checkpoint
 
 
-def resume_or_start(checkpoints, settings, overwrite):
-    """The progress to go on from, or a new one.
+def resume_or_start(checkpoints, settings, step_size, overwrite):
+    """The progress to go on from, or a new one of `step_size` questions a step.
 
     Raises:
         InputError: the checkpoint is of another run, and may not be discarded.
     """
     saved = checkpoints.progress()
     if saved is None:
-        return Progress(settings)
+        return Progress(settings, step_size)
     names = sorted(settings.keys() | saved["settings"].keys())
     changed = {name: (saved["settings"].get(name), settings.get(name)) for name in names}
     changed = [f"{name} was {was}, is {now}" for name, (was, now) in changed.items() if was != now]
@@ -232,4 +275,4 @@ def resume_or_start(checkpoints, settings, overwrite):
             "give another OUTPUT_DIR, or discard that run by --overwrite true"
         )
     checkpoints.discard()
-    return Progress(settings)
+    return Progress(settings, step_size)

@@ -102,16 +102,16 @@ def encode_pictures(pictures, vision_encoder, store, workers=0, share=(0, 1), ch
 
     Args:
         pictures: list of Picture, distinct by key.
-        share: (this process, processes): which of the chunks this process encodes.
+        share: (this process, processes): which of the chunks this process sees to.
         check_stop: called between chunks; raises to end the pass, which a later run goes on with.
     """
     if store.folder is None:
         return False
-    chunks = [pictures[i : i + CHUNK] for i in range(0, len(pictures), CHUNK)]
-    chunks = [chunk for chunk in chunks if any(picture.key not in store for picture in chunk)]
-    missing = sum(picture.key not in store for chunk in chunks for picture in chunk)
+    missing = sum(picture.key not in store for picture in pictures)
     if not missing:
         return True
+    chunks = [pictures[i : i + CHUNK] for i in range(0, len(pictures), CHUNK)][share[0] :: share[1]]
+    chunks = [chunk for chunk in chunks if any(picture.key not in store for picture in chunk)]
     store.folder.mkdir(parents=True, exist_ok=True)
     need, free = missing * store.entry_bytes, shutil.disk_usage(store.folder).free
     if show:
@@ -120,7 +120,7 @@ def encode_pictures(pictures, vision_encoder, store, workers=0, share=(0, 1), ch
         if show:
             print("That does not fit: each picture will be encoded whenever it is needed instead.")
         return False
-    loader = DataLoader(Decoded(chunks[share[0] :: share[1]], vision_encoder), None, num_workers=workers)
+    loader = DataLoader(Decoded(chunks, vision_encoder), None, num_workers=workers)
     for chunk in tqdm(loader, "Encoding", unit=" batches", disable=not show):
         check_stop()
         usable = [(picture, pixels) for picture, pixels in chunk if torch.is_tensor(pixels)]

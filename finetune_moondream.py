@@ -7,11 +7,12 @@ A run in the order of this file: data, model, loss and answers, training, saving
 import importlib.util
 import json
 import math
+import os
 import random
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_model as load_weights
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -47,6 +48,7 @@ from model_card import how_to_ask, model_card, predictions, report_of
 from modeling_moondream2 import Moondream, MoondreamConfig, prompt_text, row_mask
 from optimizer import build_optimizer, build_scheduler
 from pictures import PictureError, find_picture, inspect_all
+from processes import from_main, gather, one_speaks, share, start, whole_weights
 from report import write_report
 from scoring import is_correct
 
@@ -58,7 +60,7 @@ VALID_FILE: str = "valid.jsonl"  # other pictures than those in TRAIN_FILE: they
 OUTPUT_DIR: str = "./moondream_crosswalks_finetuned"  # the saved model, the log and the report
 FEATURES_DIR: str | None = "./picture_features"  # what the encoder says of each picture, 3 MB each; None: not kept
 EPOCHS: int = 5  # passes over the training data; the best one is saved, so more cost only time
-BATCH_SIZE: int = 2  # questions in a micro-batch of one process: the most that fits, then GRAD_ACCUM_STEPS
+BATCH_SIZE: int = 2  # questions in a micro-batch of one process (GPU): the most that fits, then GRAD_ACCUM_STEPS
 GRAD_ACCUM_STEPS: int = 1  # micro-batches in an optimizer step
 GROUP_BY_PICTURE: bool = False  # draw a picture's questions together: faster, as they share it, but less mixed steps
 LEARNING_RATE: float = 3e-5  # small, as every weight of the text model moves
@@ -240,7 +242,7 @@ def print_parameters(model):
 
 
 def image_embeds(batch, vision_encoder, store, device):
-    """The (rows, 729, 2048) features of a batch; pictures that came as pixels are encoded, and stored."""
+    """The (rows, 729, 2048) features of a batch; pictures that came as pixels are encoded, and stored. None of none."""
     features = [each for _, each in batch["pictures"]]
     fresh = [r for r, each in enumerate(features) if each.dim() == 3]
     if fresh:
@@ -249,13 +251,13 @@ def image_embeds(batch, vision_encoder, store, device):
         for r, each in zip(fresh, encoded, strict=True):
             features[r] = each
             store.save(batch["pictures"][r][0].key, each)
-    return torch.stack([each.to(device, non_blocking=True) for each in features])
+    return torch.stack([each.to(device, non_blocking=True) for each in features]) if features else None
 
 
 def loss_sum(text_model, batch, embeds, num_items=1):
     """The summed cross-entropy of a batch's answer tokens, in float32, divided by `num_items`."""
-    names = ("input_ids", "position_ids", "labels", "scored", "segments")
-    tensors = {name: batch[name].to(embeds.device, non_blocking=True) for name in names}
+    names, device = ("input_ids", "position_ids", "labels", "scored", "segments"), next(text_model.parameters()).device
+    tensors = {name: batch[name].to(device, non_blocking=True) for name in names}
     segments = tensors.pop("segments")
     # Rows of one question need no mask: causal attention never looks at the padding behind them.
     mask = row_mask(segments) if any(len(row) > 1 for row in batch["examples"]) else None
@@ -268,15 +270,16 @@ def evaluate(run):
     run.model.eval()
     batches = whole_rows(run.valid, range(len(run.valid)), 4 * run.constants.batch_size, run.room)
     losses, tokens = [], 0
-    for batch in collated(run, run.valid, batches, "Validating"):
+    for batch in collated(run, run.valid, share(run.accelerator, batches), "Validating"):
         run.stop.check()
         if batch["examples"]:
             embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
             losses.append(loss_sum(run.model.text_model, batch, embeds))
             tokens += len(batch["scored"])
+    losses, tokens = gather(torch.stack(losses).tolist() if losses else []), sum(gather([tokens]))
     if not tokens:
         raise InputError(f"no picture of {run.constants.valid_file} can be read any more")
-    return torch.stack(losses).cpu().double().sum().item() / tokens
+    return math.fsum(losses) / tokens
 
 
 def answer(run):
@@ -286,7 +289,7 @@ def answer(run):
     numbers = sorted(numbers[: run.constants.valid_answers])
     answers = {}
     batches = whole_rows(run.valid, numbers, 4 * run.constants.batch_size, run.room)
-    for batch in collated(run, run.valid, batches, "Answering"):
+    for batch in collated(run, run.valid, share(run.accelerator, batches), "Answering"):
         run.stop.check()
         if batch["examples"]:
             embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
@@ -294,7 +297,7 @@ def answer(run):
             rows = run.model.answer_questions(embeds, questions, run.tokenizer, MAX_NEW_TOKENS)
             for row, texts in zip(batch["examples"], rows, strict=True):
                 answers.update((example.place, text) for example, text in zip(row, texts, strict=True))
-    return answers
+    return dict(gather(list(answers.items())))
 
 
 def accuracy(dataset, answers):
@@ -348,7 +351,8 @@ def collated(run, dataset, batches, title, done=0):
         pin_memory=is_cuda,
         generator=torch.Generator(),  # a loader seeds its workers; from the global one training would miss the draw
     )
-    with tqdm(data, title, len(batches) + done, initial=done, unit="", leave=False, mininterval=0.5) as bar:
+    shown = {"unit": "", "leave": False, "mininterval": 0.5, "disable": not run.accelerator.is_main_process}
+    with tqdm(data, title, len(batches) + done, initial=done, **shown) as bar:
         for batch in bar:
             report_failed(run.progress, batch["failed"])
             yield batch
@@ -362,32 +366,36 @@ def report_failed(progress, failed):
     for place, reason in failed:
         if place not in known:
             progress.left_out.append([place, reason])
-            tqdm.write(f"left out {place}: {reason} ({len(progress.left_out)} so far)")
+            tqdm.write(f"left out {place}: {reason} ({len(progress.left_out)} so far)", sys.stderr)
 
 
 def train_step(run, batches):
-    """One optimizer step over the answer tokens of some micro-batches.
+    """One optimizer step over the answer tokens of some micro-batches, and of those of the other processes.
 
     Returns the mean loss, the gradient's length before clipping, and the number of tokens. Where loss or gradient is
     not finite, nothing is updated.
     """
-    batches = [batch for batch in batches if batch["examples"]]
-    tokens = sum(len(batch["scored"]) for batch in batches)
-    if not tokens:
-        return 0.0, 0.0, 0
-    losses = []
+    accelerator, model = run.accelerator, run.text_model
+    tokens = torch.tensor(float(sum(len(batch["scored"]) for batch in batches)), device=run.device)
+    tokens, losses = accelerator.reduce(tokens), []
+    divisor = tokens.clamp(min=1) / accelerator.num_processes  # for gradients are averaged over processes
     for batch in batches:
-        embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
-        loss = loss_sum(run.text_model, batch, embeds, tokens)
-        run.accelerator.backward(loss)
+        # Gradients are exchanged once, in the last backward pass; sharded ones at once, as no process has room for all.
+        at_once = batch is batches[-1] or accelerator.is_fsdp2
+        with nullcontext() if at_once else accelerator.no_sync(model):
+            embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
+            loss = loss_sum(model, batch, embeds, divisor)
+            accelerator.backward(loss)
         losses.append(loss.detach())
-    norm = run.accelerator.clip_grad_norm_(run.text_model.parameters(), run.constants.max_grad_norm)
-    loss, norm = torch.stack([torch.stack(losses).sum(), norm.float()]).tolist()
-    if math.isfinite(loss) and math.isfinite(norm):
+    loss = accelerator.reduce(torch.stack(losses).sum(), "mean")
+    norm = accelerator.clip_grad_norm_(model.parameters(), run.constants.max_grad_norm)
+    norm = norm.full_tensor() if accelerator.is_fsdp2 else norm
+    loss, norm, tokens = torch.stack([loss, norm.float(), tokens]).tolist()
+    if tokens and math.isfinite(loss) and math.isfinite(norm):
         run.optimizer.step()
         run.scheduler.step()
     run.optimizer.zero_grad()
-    return loss, norm, tokens
+    return loss, norm, int(tokens)
 
 
 def train_epoch(run):
@@ -395,11 +403,11 @@ def train_epoch(run):
     progress, constants, sampler = run.progress, run.constants, run.sampler
     sampler.epoch, sampler.first_step = progress.epoch, progress.step
     run.model.train()
-    title, done = f"Epoch {progress.epoch} of {constants.epochs}", progress.step * constants.grad_accum_steps
+    title, done = f"Epoch {progress.epoch} of {constants.epochs}", progress.step * sampler.accum
     batches, bad, clock = [], 0, time.monotonic() - progress.seconds
     for batch in collated(run, run.train, sampler, title, done):
         batches.append(batch)
-        if len(batches) < constants.grad_accum_steps:
+        if len(batches) < sampler.accum:
             continue
         loss, norm, tokens = train_step(run, batches)
         if math.isfinite(loss) and math.isfinite(norm):
@@ -417,13 +425,17 @@ def train_epoch(run):
         run.accelerator.log(scores, step)
         run.stop.check()
         if step % constants.checkpoint_steps == 0 and not bad:
-            run.checkpoints.save(run.accelerator, progress, is_best=False)
+            checkpoint(run)
+
+
+def checkpoint(run, is_best=False):
+    run.checkpoints.save(run.accelerator, run.text_model, run.optimizer, run.scheduler, run.progress, is_best)
 
 
 def report_bad_step(batches, loss, norm, bad):
     """Names the examples of a step that was not applied; ends the run after a few in a row."""
     places = [example.place for batch in batches for row in batch["examples"] for example in row]
-    tqdm.write(f"Step not applied: loss {loss}, gradient {norm}; its examples: {', '.join(places)}")
+    tqdm.write(f"Step not applied: loss {loss}, gradient {norm}; its examples: {', '.join(places)}", sys.stderr)
     if bad == BAD_STEPS:
         raise InputError(
             f"{bad} steps in a row without a finite loss and gradient: a lower LEARNING_RATE may help; "
@@ -435,7 +447,8 @@ def finish_epoch(run):
     """Validates, answers, records the epoch, and checkpoints it with the best epoch's weights."""
     progress, constants = run.progress, run.constants
     clock = time.monotonic() - progress.seconds
-    valid_loss, answers = evaluate(run), answer(run)
+    with whole_weights(run.text_model):
+        valid_loss, answers = evaluate(run), answer(run)
     record = {
         "epoch": progress.epoch,
         "train_loss": progress.loss_sum / progress.tokens if progress.tokens else None,
@@ -456,15 +469,16 @@ def finish_epoch(run):
     before = progress.history[0]["valid_accuracy"]
     print_record(record, before, run.data["baseline_accuracy"], constants.epochs)
     if record["epoch"]:
-        run.checkpoints.save(run.accelerator, progress, is_best)
+        checkpoint(run, is_best)
     write_log(run)
     scores = {name: record[name] for name in ("valid_loss", "valid_accuracy") if record[name] is not None}
     run.accelerator.log(scores, record["epoch"] * run.sampler.steps)
 
 
 def write_log(run):
-    records = "".join(json.dumps(record) + "\n" for record in run.progress.history)
-    write_text(run.output_dir / "training_log.jsonl", records)
+    if run.accelerator.is_main_process:
+        records = "".join(json.dumps(record) + "\n" for record in run.progress.history)
+        write_text(run.output_dir / "training_log.jsonl", records)
 
 
 def print_record(record, before, baseline, epochs):
@@ -492,7 +506,7 @@ def train(run):
             finish_epoch(run)
     except Interrupted:
         if progress.epoch:
-            run.checkpoints.save(run.accelerator, progress, is_best=False)
+            checkpoint(run)
         raise
 
 
@@ -503,11 +517,13 @@ def train(run):
 
 def save(run):
     """Puts the best epoch's model, its card, the answers and the report into OUTPUT_DIR; the checkpoints go."""
-    load_weights(run.model.text_model, run.checkpoints.newest() / "best.safetensors")
+    weights = run.model.state_dict()
+    for name, tensor in load_file(run.checkpoints.newest() / "best.safetensors").items():
+        weights[f"text_model.{name}"] = tensor
     folder = run.checkpoints.folder / "model"
     with write_whole(folder) as beside:
         run.model.config.auto_map = {}  # the hub's; save_pretrained enters this project's own file
-        run.model.save_pretrained(beside)
+        run.model.save_pretrained(beside, state_dict=weights)
         run.tokenizer.save_pretrained(beside)
         (beside / "README.md").write_text(model_card(run), encoding="utf-8")
     write_log(run)  # again: a run that was killed between checkpoint and log comes here at once
@@ -531,10 +547,27 @@ def print_best(progress, epochs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def keep_features(pictures, model, store, device, stop):
+def read_data(constants, tokenizer, room):
+    """Both datasets, ready to train on, and the summary of them that is printed."""
+    train, valid = VQADataset(constants.train_file), VQADataset(constants.valid_file)
+    for dataset in (train, valid):
+        dataset.tokenize(tokenizer, room)
+        print_skipped(dataset)
+    data = summarize(train, valid)
+    print(format_table(data))
+    return train, valid, data
+
+
+def keep_features(pictures, model, store, accelerator, stop):
     """Encodes all pictures into the store; where that can't be, each will be encoded whenever it is needed."""
-    workers = WORKERS if device.type == "cuda" else 0
-    if encode_pictures(list(pictures.values()), model.vision_encoder, store, workers, check_stop=stop.check):
+    workers = WORKERS if accelerator.device.type == "cuda" else 0
+    everyone = accelerator.process_index, accelerator.num_processes
+    this_machine = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for share_of in (everyone, this_machine):  # the second finds nothing to do, unless machines don't share the folder
+        arguments = list(pictures.values()), model.vision_encoder, store, workers, share_of, stop.check_alone
+        is_kept = encode_pictures(*arguments, accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+    if is_kept:
         model.vision_encoder.cpu()  # it has said all it will be asked: 0.8 GiB of a card for the text model
     else:
         store.folder = None
@@ -542,15 +575,12 @@ def keep_features(pictures, model, store, device, stop):
 
 def prepare(constants, accelerator, stop):
     """All that a run needs before its first step: data, model, features, optimizer, and where it stands."""
-    train, valid = VQADataset(constants.train_file), VQADataset(constants.valid_file)
-    config, tokenizer = load_tokenizer(constants.model_id, constants.revision)
+    with accelerator.main_process_first():
+        config, tokenizer = load_tokenizer(constants.model_id, constants.revision)
     room = config.text_config.max_position_embeddings - 1 - config.image_tokens
-    for dataset in (train, valid):
-        dataset.tokenize(tokenizer, room)
-        print_skipped(dataset)
-    data = summarize(train, valid)
-    print(format_table(data))
-    model = load_model(constants.model_id, constants.revision)
+    train, valid, data = from_main(accelerator, read_data, constants, tokenizer, room)
+    with accelerator.main_process_first():
+        model = load_model(constants.model_id, constants.revision)
     print_parameters(model)
     model.to(accelerator.device)
     if constants.gradient_checkpointing:
@@ -560,18 +590,19 @@ def prepare(constants, accelerator, stop):
     store = FeatureStore(constants.features_dir, model.vision_encoder, shape)
     checkpoints = Checkpoints(Path(constants.output_dir))
     settings = settings_of(constants, MAY_CHANGE, train, valid, store.key)
-    progress = resume_or_start(checkpoints, settings, constants.overwrite)
+    step_size = constants.batch_size * constants.grad_accum_steps * accelerator.num_processes
+    start = checkpoints, settings, step_size, constants.overwrite
+    progress = from_main(accelerator, resume_or_start, *start)
     pictures = train.pictures | valid.pictures
-    keep_features(pictures, model, store, accelerator.device, stop)
-    accum, group = constants.grad_accum_steps, constants.group_by_picture
-    sampler = StepSampler(train, constants.batch_size, accum, group, constants.seed)
+    keep_features(pictures, model, store, accelerator, stop)
+    order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
+    sampler = StepSampler(train, *order, accelerator.process_index, accelerator.num_processes)
     optimizer = build_optimizer(model.text_model, constants.learning_rate, constants.weight_decay, constants.betas)
     steps = constants.epochs * sampler.steps
     scheduler = build_scheduler(optimizer, constants.lr_schedule, constants.warmup_steps, steps)
     text_model, optimizer = accelerator.prepare(model.text_model, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
-    if checkpoints.newest():
-        accelerator.load_state(str(checkpoints.newest()))
+    checkpoints.load(accelerator, text_model, optimizer, scheduler)
+    print_batch(sampler, constants.batch_size)
     return Run(
         constants=constants,
         accelerator=accelerator,
@@ -594,6 +625,17 @@ def prepare(constants, accelerator, stop):
     )
 
 
+def refuse_finished(output_dir, overwrite):
+    is_finished = (output_dir / "config.json").exists() and not Checkpoints(output_dir).newest()
+    if is_finished and not overwrite:
+        raise InputError(f"{output_dir} holds a finished model: give another OUTPUT_DIR or --overwrite true")
+
+
+def print_batch(sampler, batch_size):
+    parts = f"{sampler.processes} processes x BATCH_SIZE {batch_size} x {sampler.accum} micro-batches"
+    print(f"An optimizer step takes {sampler.step_size} questions: {parts}; an epoch has {sampler.steps} steps")
+
+
 def main():
     constants = flags.parse(globals(), sys.argv[1:], MAY_BE_ZERO, CHOICES)
     output_dir = Path(constants.output_dir)
@@ -601,25 +643,23 @@ def main():
     warnings.filterwarnings("ignore", module="PIL")  # of files that are read all the same; broken ones are named
     if constants.tracker and not importlib.util.find_spec(constants.tracker):
         raise InputError(f"TRACKER {constants.tracker!r} needs its package: pip install {constants.tracker}")
-    accelerator = Accelerator(mixed_precision="no", log_with=constants.tracker, project_dir=output_dir)
-    if accelerator.num_processes > 1:
-        raise InputError("a run is one process so far: start it by python finetune_moondream.py")
-    with only_run_in(output_dir):
-        is_finished = (output_dir / "config.json").exists() and not Checkpoints(output_dir).newest()
-        if is_finished and not constants.overwrite:
-            raise InputError(f"{output_dir} holds a finished model: give another OUTPUT_DIR or --overwrite true")
+    accelerator = start(log_with=constants.tracker, project_dir=output_dir)
+    with one_speaks(accelerator), only_run_in(output_dir) if accelerator.is_main_process else nullcontext():
+        from_main(accelerator, refuse_finished, output_dir, constants.overwrite)
         accelerator.init_trackers("finetune_moondream", {name: str(value) for name, value in vars(constants).items()})
         try:
-            run = prepare(constants, accelerator, Stop())
+            run = prepare(constants, accelerator, Stop(accelerator))
             train(run)
         except Interrupted as interrupted:
             print(f"Stopped by {interrupted}. The same command goes on from there.")
             sys.exit(128 + interrupted.signum)
-        save(run)
+        if accelerator.is_main_process:
+            save(run)
+            print_best(run.progress, constants.epochs)
+            print(f"Saved to {output_dir}, with report.html to look at. To ask it:\n")
+            print(how_to_ask(constants.output_dir, run.valid[0]))
+        accelerator.wait_for_everyone()
         accelerator.end_training()
-    print_best(run.progress, constants.epochs)
-    print(f"Saved to {output_dir}, with report.html to look at. To ask it:\n")
-    print(how_to_ask(constants.output_dir, run.valid[0]))
 
 
 if __name__ == "__main__":

@@ -286,18 +286,23 @@ class TextAttention(nn.Module):
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, x, cos, sin, mask, cache, scored=None):
         q, k, v = rearrange(self.Wqkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = v.contiguous()  # a view would keep all of Wqkv's output alive until the backward pass
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
-        return self.out_proj(rearrange(x, "b h t d -> b t (h d)"))
+        return self.out_proj(at(scored, rearrange(x, "b h t d -> b t (h d)")))
+
+
+def at(scored, x):
+    """x (batch, tokens, width) at the positions `scored` (n,) of batch x tokens, or everywhere without them."""
+    return x if scored is None else x.flatten(0, 1)[scored]
 
 
 class TextBlock(nn.Module):
-    """x + attention(ln(x)) + mlp(ln(x)): one norm feeds both."""
+    """x + attention(ln(x)) + mlp(ln(x)): one norm feeds both. With `scored` only these positions come out."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -305,9 +310,9 @@ class TextBlock(nn.Module):
         self.mixer = TextAttention(config, layer)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, x, cos, sin, mask, cache, scored=None):
         h = self.ln(x)
-        return x + self.mixer(h, cos, sin, mask, cache) + self.mlp(h)
+        return at(scored, x) + self.mixer(h, cos, sin, mask, cache, scored) + self.mlp(at(scored, h))
 
 
 def attention_mask_4d(mask, tokens, past, device):
@@ -368,9 +373,9 @@ class TextModel(nn.Module):
             position_ids: (batch, tokens). Without it, tokens that are not padding are counted.
             past_key_values: a transformers Cache to go on from; `use_cache` alone starts one.
             labels: (batch, tokens), as in transformers: -100 where nothing is to be learned, not shifted.
-            scored: (n,) which of the batch x tokens positions, counted through, go through `lm_head`; logits are then
-                (n, vocabulary). With labels these are the positions before a label, and are found where not given,
-                for which the host waits on the device.
+            scored: (n,) which of the batch x tokens positions, counted through, leave the last layer's attention for
+                its MLP and `lm_head`; logits are then (n, vocabulary). With labels these are the positions before a
+                label, and are found where not given, for which the host waits on the device.
             num_items_in_batch: what the summed loss is divided by. Without it, the number of labels scored.
         """
         x = self.transformer.embd.wte(input_ids) if inputs_embeds is None else inputs_embeds
@@ -378,19 +383,18 @@ class TextModel(nn.Module):
             x = torch.cat([x[:, :1], image_embeds.to(x.dtype), x[:, 1:]], dim=1)
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         past = 0 if cache is None else cache.get_seq_length()
-        x = self._hidden_states(x, attention_mask, position_ids, cache, past)
-
+        if labels is not None:
+            next_labels = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+            scored = (next_labels != -100).nonzero()[:, 0] if scored is None else scored
+        x = self._hidden_states(x, attention_mask, position_ids, cache, past, scored)
+        logits = self.lm_head.linear(self.lm_head.ln(x))
         if labels is None:
-            x = x if scored is None else x.flatten(0, 1)[scored]
-            return CausalLMOutputWithPast(logits=self._logits(x), past_key_values=cache)
-        next_labels = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-        scored = (next_labels != -100).nonzero()[:, 0] if scored is None else scored
-        logits = self._logits(x.flatten(0, 1)[scored])
+            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
         loss = F.cross_entropy(logits.float(), next_labels[scored], reduction="sum")
         loss = loss / (max(len(scored), 1) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
-    def _hidden_states(self, x, attention_mask, position_ids, cache, past):
+    def _hidden_states(self, x, attention_mask, position_ids, cache, past, scored):
         tokens = x.shape[1]
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
@@ -399,14 +403,12 @@ class TextModel(nn.Module):
         cos, sin = rotary_angles(position_ids, self.config.rotary_dim, self.config.rotary_theta)
         mask = attention_mask_4d(attention_mask, tokens, past, x.device)
         for block in self.transformer.h:
+            wanted = scored if block is self.transformer.h[-1] else None
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(block.__call__, x, cos, sin, mask, None)
+                x = self._gradient_checkpointing_func(block.__call__, x, cos, sin, mask, None, wanted)
             else:
-                x = block(x, cos, sin, mask, cache)
+                x = block(x, cos, sin, mask, cache, wanted)
         return x
-
-    def _logits(self, x):
-        return self.lm_head.linear(self.lm_head.ln(x))
 
 
 class RegionModel(nn.Module):

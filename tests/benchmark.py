@@ -9,6 +9,7 @@ make it minutes.
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from conftest import TINY, make_run
+from conftest import TINY, make_run, start_script, write_lines
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -238,6 +239,7 @@ def peak(arguments, side):
     command = [sys.executable, __file__, "--side", side, "--layers", str(arguments.layers)]
     command += ["--vision_layers", str(arguments.vision_layers), "--batch_size", str(arguments.memory_batch_size)]
     command += ["--tiny"] if arguments.tiny else []
+    command += ["--gradient_checkpointing"] if arguments.gradient_checkpointing else []
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -251,10 +253,31 @@ def measure_peak(arguments):
         else:
             side = Ours(model, tokenizer, examples, Path(folder) / "features", arguments.batch_size)
             side.encode(examples)
+            if arguments.gradient_checkpointing:
+                model.activation_checkpointing_enable()
         side.start()
         for _ in range(2):
             side.train(examples)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def growth(count):
+    """Seconds of a training epoch over `count` lines, of all the rest of the run, and its peak memory in GiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder, tokenizer = Path(folder), AutoTokenizer.from_pretrained(TINY)
+        flags = {"model_id": TINY, "epochs": 1, "batch_size": 8, "valid_answers": 0, "output_dir": folder / "out"}
+        flags |= {"features_dir": folder / "features"}
+        for split, lines in (("train", count), ("valid", 60)):
+            examples = Examples(folder, tokenizer, lines, 4)
+            lines = [{name: getattr(each, name) for name in ("image_path", "question", "answer")} for each in examples]
+            flags[f"{split}_file"] = write_lines(folder / f"{split}.jsonl", lines)
+        started = time.perf_counter()
+        process = start_script(flags)
+        process.stdout.read(), process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        records = [json.loads(line) for line in (folder / "out" / "training_log.jsonl").read_text().splitlines()]
+        return records[1]["seconds"], time.perf_counter() - started - records[1]["seconds"], usage.ru_maxrss / 2**20
 
 
 def main():
@@ -265,12 +288,22 @@ def main():
     parser.add_argument("--questions_per_picture", type=int, nargs="*", default=[1, 4, 8])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--memory_batch_size", type=int, default=2, help="for the peak memory: the script's default")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="for this project's peak memory")
     parser.add_argument("--steps", type=int, default=1, help="batches in a turn")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
+    parser.add_argument(
+        "--lines", type=int, nargs="*", help="instead: whole runs on the small checkpoint, so many lines"
+    )
     parser.add_argument("--side", choices=("plain", "ours"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         return measure_peak(arguments)
+    if arguments.lines:
+        print(f"{'lines':>8} {'epoch, s':>9} {'ms a line':>10} {'the rest, s':>12} {'peak GiB':>9}")
+        for count in arguments.lines:
+            epoch, rest, gib = growth(count)
+            print(f"{count:>8} {epoch:>9.1f} {1000 * epoch / count:>10.1f} {rest:>12.1f} {gib:>9.2f}", flush=True)
+        return None
 
     peaks = {side: peak(arguments, side) for side in ("plain", "ours")}
     model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(TINY)

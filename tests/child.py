@@ -4,15 +4,18 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
+import time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["finetune_moondream", "child"])
+CONTEXT.set_forkserver_preload(["finetune_moondream", "child", "launched"])
 
 
-def run(flags, out, file_size):
+def run(flags, out, file_size, environment, setup):
     """Runs the script's `main` as the command does, its output into a file; no file may grow over `file_size` bytes."""
+    os.environ.update(environment)
     import finetune_moondream
     from flags import run as run_script
 
@@ -22,16 +25,18 @@ def run(flags, out, file_size):
     if file_size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if setup is not None:
+        setup()
     sys.argv = ["finetune_moondream.py", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
     run_script(finetune_moondream.main)
 
 
 class Child:
-    """A run of the script with these flags."""
+    """A run of the script with these flags; `setup` is called before it."""
 
-    def __init__(self, flags, out, file_size=None):
+    def __init__(self, flags, out, file_size=None, environment=None, setup=None):
         self.out = Path(out)
-        self.process = CONTEXT.Process(target=run, args=(flags, str(out), file_size))
+        self.process = CONTEXT.Process(target=run, args=(flags, str(out), file_size, environment or {}, setup))
         self.process.start()
 
     def wait(self, timeout=300):
@@ -45,4 +50,35 @@ class Child:
         return self.wait()
 
     def text(self):
-        return self.out.read_text()
+        return self.out.read_text() if self.out.exists() else ""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Children(list):
+    """A run of the script in several processes, each with the environment that a launcher gives it."""
+
+    def __init__(self, processes, flags, folder, setup=None, **environment):
+        super().__init__()
+        folder.mkdir(parents=True, exist_ok=True)
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": processes}
+        shared |= {"LOCAL_WORLD_SIZE": processes, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1} | environment
+        for rank in range(processes):
+            mine = {**shared, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {"ACCELERATE_USE_CPU": "true"}
+            mine = {name: str(value) for name, value in {**mine, "NOTES": folder / f"notes{rank}.json"}.items()}
+            self.append(Child(flags, folder / f"out{rank}.txt", environment=mine, setup=setup))
+
+    def wait(self, timeout=300):
+        """All exit statuses; whoever is left after `timeout` seconds is killed, and counts as hanging."""
+        end = time.monotonic() + timeout
+        for child in self:
+            child.process.join(max(0, end - time.monotonic()))
+        hanging = [child for child in self if child.process.exitcode is None]
+        for child in hanging:
+            child.process.kill()
+        assert not hanging, "\n".join(child.text() for child in self)
+        return [child.process.exitcode for child in self]

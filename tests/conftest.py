@@ -85,9 +85,8 @@ def make_run(model, tokenizer, train, valid, folder=None, **constants):
     values |= constants
     constants = SimpleNamespace(**values)
     accelerator = Accelerator(cpu=True)
-    sampler = script.StepSampler(
-        train, constants.batch_size, constants.grad_accum_steps, constants.group_by_picture, constants.seed
-    )
+    step_size = constants.batch_size * constants.grad_accum_steps
+    sampler = script.StepSampler(train, step_size, constants.batch_size, constants.group_by_picture, constants.seed)
     optimizer = script.build_optimizer(
         model.text_model, constants.learning_rate, constants.weight_decay, constants.betas
     )

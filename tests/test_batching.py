@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import combinations_with_replacement, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -25,17 +26,19 @@ def epoch(sampler, number=1):
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize(("batch_size", "accum", "processes"), [(1, 1, 1), (2, 1, 1), (8, 1, 1), (3, 2, 1), (2, 4, 3)])
 def test_each_example_once_an_epoch(group, batch_size, accum, processes):
-    samplers = [StepSampler(DATA, batch_size, accum, group, 0, rank, processes) for rank in range(processes)]
+    size = batch_size * accum * processes
+    samplers = [StepSampler(DATA, size, batch_size, group, 0, rank, processes) for rank in range(processes)]
     batches = [epoch(sampler) for sampler in samplers]
     assert Counter(i for each in batches for batch in each for i in batch) == Counter(range(len(DATA)))
-    assert all(len(batch) <= batch_size for each in batches for batch in each)
+    assert all(len({DATA[i].picture for i in batch}) <= batch_size for each in batches for batch in each)
     assert {len(each) for each in batches} == {len(sampler) for sampler in samplers} == {accum * samplers[0].steps}
 
 
 @pytest.mark.parametrize("group", [False, True])
 def test_steps_do_not_depend_on_how_they_are_cut(group):
     def steps(batch_size, accum, processes):
-        samplers = [StepSampler(DATA, batch_size, accum, group, 3, rank, processes) for rank in range(processes)]
+        size = batch_size * accum * processes
+        samplers = [StepSampler(DATA, size, batch_size, group, 3, rank, processes) for rank in range(processes)]
         batches = [epoch(sampler) for sampler in samplers]
         return [
             sorted(i for each in batches for batch in each[step * accum : (step + 1) * accum] for i in batch)
@@ -46,33 +49,48 @@ def test_steps_do_not_depend_on_how_they_are_cut(group):
 
 
 def test_epochs_and_seeds_differ_and_repeat():
-    first, again, other_seed = (StepSampler(DATA, 4, 1, False, seed) for seed in (0, 0, 1))
+    first, again, other_seed = (StepSampler(DATA, 4, 4, False, seed) for seed in (0, 0, 1))
     assert epoch(first, 1) == epoch(again, 1)
     assert epoch(first, 1) != epoch(first, 2)
     assert epoch(first, 1) != epoch(other_seed, 1)
 
 
 def test_going_on_in_an_epoch_gives_its_remaining_steps():
-    sampler = StepSampler(DATA, 2, 2, False, 0)
+    sampler = StepSampler(DATA, 4, 2, False, 0)
     whole = epoch(sampler)
     sampler.first_step = 5
     assert epoch(sampler) == whole[10:] and len(sampler) == len(whole) - 10
 
 
 def test_grouping_keeps_a_pictures_questions_together():
-    sampler = StepSampler(DATA, 4, 1, True, 0)
+    sampler = StepSampler(DATA, 4, 4, True, 0)
     pictures = [len({DATA[i].picture for i in batch}) for batch in epoch(sampler)]
-    mixed = [len({DATA[i].picture for i in batch}) for batch in epoch(StepSampler(DATA, 4, 1, False, 0))]
+    mixed = [len({DATA[i].picture for i in batch}) for batch in epoch(StepSampler(DATA, 4, 4, False, 0))]
     assert sum(pictures) < 0.6 * sum(mixed)
     order = [DATA[i].picture for batch in epoch(sampler) for i in batch]
     assert order != sorted(order)
 
 
 def test_examples_on_one_picture_lie_side_by_side_in_a_batch():
-    for batch in epoch(StepSampler(DATA, 16, 1, False, 0)):
+    for batch in epoch(StepSampler(DATA, 16, 16, False, 0)):
         pictures = [DATA[i].picture for i in batch]
         runs = [p for k, p in enumerate(pictures) if k == 0 or p != pictures[k - 1]]
         assert len(runs) == len(set(runs))
+
+
+def test_rows_are_cut_so_that_the_most_work_is_as_little_as_can_be():
+    """Against all ways to cut the rows, by length, into so many batches."""
+    for seed in range(20):
+        sampler = StepSampler(DATA, 8, 2, True, seed, processes=2)
+        numbers = random.Random(seed).sample(range(len(DATA)), 8)
+        cut = sampler.cut(numbers)
+        assert len(cut) == 4 and [sampler.work(batch) for batch in cut] == sorted(map(sampler.work, cut))
+        assert sorted(i for batch in cut for row in batch for i in row) == sorted(numbers)
+        rows = sorted((row for batch in cut for row in batch), key=sampler.length)
+        ways = combinations_with_replacement(range(len(rows) + 1), 3)
+        ways = [[rows[a:b] for a, b in pairwise([0, *way, len(rows)])] for way in ways]
+        best = min(max(map(sampler.work, way)) for way in ways if max(map(len, way)) <= 2)
+        assert max(map(sampler.work, cut)) == best
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 from child import Child
 from conftest import TINY, dataset, make_run
 from safetensors import safe_open
@@ -199,7 +200,7 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(flags, tmp_path, signu
 
 
 def test_a_second_signal_ends_at_once(flags, tmp_path, monkeypatch):
-    stop = Stop()
+    stop = Stop(Accelerator())
     stop.ask(signal.SIGTERM, None)
     try:
         assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL

@@ -157,7 +157,7 @@ def test_a_picture_that_breaks_in_the_run_is_named_and_left_out(data, tiny, toke
     draw_picture(train.pictures[train[0].picture].path, 99)  # has 1, and is another picture now
     run = make_run(tiny, tokenizer, train, valid, batch_size=4)
     script.train_epoch(run)
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert len(run.progress.left_out) == 5
     for number in range(1, 6):
         assert out.count(f"left out {data}/train.jsonl:{number}: picture broken") == 1

@@ -198,7 +198,7 @@ def test_a_step_that_is_not_finite_is_not_applied(tiny, tokenizer, train, valid,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "image_embeds", poisoned)
         script.train_epoch(run)  # 5 steps: the second, fourth and fifth fail
-        out = capsys.readouterr().out
+        out = capsys.readouterr().err
         assert out.count("Step not applied: loss nan") == 3
         assert "train.jsonl:" in out
         assert all(tensor.isfinite().all() for tensor in tiny.state_dict().values())

@@ -1,0 +1,76 @@
+"""What a second process costs: bytes sent a step, time spent on exchange, and how evenly the work is shared.
+
+`python tests/scaling.py` runs the sample data through the small checkpoint in two processes over the loopback of a
+network namespace of their own, whose counters see nothing else. Two processes on one machine share its cores, so their
+speed says nothing; what they send and wait for does.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import finetune_moondream as script
+import launched
+
+
+def sent():
+    """Bytes that left by the loopback of this network namespace."""
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+
+
+def measure():
+    """In each process: the script's run, whose last epoch is timed and whose bytes are counted."""
+    train_epoch, save, result = script.train_epoch, script.save, {}
+
+    def timed_epoch(run):
+        run.accelerator.wait_for_everyone()
+        before, started = sent(), time.perf_counter()
+        train_epoch(run)
+        seconds = time.perf_counter() - started
+        run.accelerator.wait_for_everyone()
+        result["bytes sent a step, all processes"] = round((sent() - before) / run.sampler.steps)
+        result["bytes of gradients"] = sum(p.numel() * p.element_size() for p in run.text_model.parameters())
+        ddp = run.text_model._get_ddp_logging_data()  # torch's own clocks, of a step in a hundred
+        names = ("forward_compute", "backward_compute", "backward_comm", "backward_compute_comm_overlap")
+        result["ms a step"] = {name: round(ddp[f"avg_{name}_time"] / 1e6, 1) for name in names}
+        result["ms a step"]["all"] = round(1000 * seconds / run.sampler.steps, 1)
+
+    def report(run):
+        save(run)
+        print(json.dumps(result), file=sys.stderr)
+
+    folder = Path(os.environ["NOTES"])
+    os.environ["NOTES"] = str(folder / f"{os.environ['RANK']}.json")
+    script.train_epoch, script.save = timed_epoch, report
+    launched.noting()
+    script.flags.run(script.main)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    arguments, flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--model_id", "tests/tiny_moondream2", "--output_dir", f"{folder}/out", "--epochs", "2", *flags]
+        flags = ["--features_dir", f"{folder}/features", "--valid_answers", "0", *flags]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(arguments.processes)]
+        command = shlex.join([*torchrun, __file__, *flags])
+        environment = {**os.environ, "NOTES": folder, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        alone = ["unshare", "--net", "sh", "-c", f"ip link set lo up && exec {command}"]
+        subprocess.run(alone, cwd=ROOT, env=environment, check=True)
+        for file in sorted(Path(folder).glob("*.json")):
+            work = {name: count for name, count in json.loads(file.read_text()).items() if name != "steps"}
+            print(f"process {file.stem}: {work}")
+
+
+if __name__ == "__main__":
+    measure() if "RANK" in os.environ else main()

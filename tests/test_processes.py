@@ -1,0 +1,335 @@
+"""Several processes train as one: over gloo on this machine's CPU, from data to the saved model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from child import Children
+from conftest import ROOT, TINY
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import batching
+from batching import StepSampler
+from launched import failing, in_float32, sharded, variables_of
+
+
+@pytest.fixture
+def flags(data, tmp_path):
+    return {
+        "model_id": TINY,
+        "train_file": data / "train.jsonl",
+        "valid_file": data / "valid.jsonl",
+        "features_dir": tmp_path / "features",
+        "output_dir": tmp_path / "out",
+        "epochs": 2,
+        "batch_size": 2,
+        "learning_rate": 1e-4,
+        "valid_answers": 5,
+    }
+
+
+def trained(processes, flags, folder, setup=in_float32, **changes):
+    """A whole run in so many processes; what each of them noted."""
+    flags = {**flags, "output_dir": folder / "out", "features_dir": folder / "features", **changes}
+    children = Children(processes, flags, folder, setup, **environment(setup))
+    assert children.wait() == [0] * processes, "\n".join(child.text() for child in children)
+    return notes(folder, processes)
+
+
+def environment(setup):
+    return variables_of(ROOT / "fsdp.yaml") if setup is sharded else {}
+
+
+def notes(folder, processes):
+    return [json.loads((folder / f"notes{rank}.json").read_text()) for rank in range(processes)]
+
+
+def log_of(folder):
+    records = [json.loads(line) for line in (folder / "out" / "training_log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def assert_same_training(one, several, folder_one, folder_several):
+    """Losses by step, final weights and validation of two runs, within 1e-5 relative."""
+    for noted in several:
+        assert len(noted["steps"]) == len(one["steps"])
+        for (loss, norm, tokens), (expected_loss, expected_norm, expected_tokens) in zip(
+            noted["steps"], one["steps"], strict=True
+        ):
+            assert tokens == expected_tokens
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-4)
+    weights, expected = (load_file(folder / "out" / "model.safetensors") for folder in (folder_several, folder_one))
+    base = load_file(TINY / "model.safetensors")
+    assert weights.keys() == expected.keys() == base.keys()
+    moved = 0.0
+    for name, tensor in expected.items():
+        assert (weights[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+        moved = max(moved, ((tensor - base[name]).norm() / tensor.norm().clamp(min=1e-6)).item())
+    assert moved > 1e-3  # a hundred times more than they may differ
+    for record, expected_record in zip(log_of(folder_several), log_of(folder_one), strict=True):
+        assert record == pytest.approx(expected_record, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Runs in one process by their questions a step, made when first asked for."""
+    made = {}
+
+    def run(flags, step_size, **changes):
+        key = (step_size, *sorted(changes.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("one")
+            made[key] = folder, trained(1, flags, folder, batch_size=step_size, grad_accum_steps=1, **changes)[0]
+        return made[key]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "accum", "changes"),
+    [
+        (2, 2, 1, {}),  # 19 questions: 4 steps of 4, then 3 for two processes
+        (3, 2, 1, {}),  # 3 steps of 6, then 1 for three processes
+        (2, 1, 2, {}),
+        (2, 2, 1, {"group_by_picture": "true", "gradient_checkpointing": "true"}),
+    ],
+    ids=["two", "three", "two that accumulate", "two, grouped and checkpointed"],
+)
+def test_processes_train_as_one(flags, reference, tmp_path, processes, batch_size, accum, changes):
+    folder, one = reference(flags, processes * batch_size * accum, **changes)
+    several = trained(processes, flags, tmp_path, batch_size=batch_size, grad_accum_steps=accum, **changes)
+    assert_same_training(one, several, folder, tmp_path)
+    assert log_of(tmp_path)[0] == log_of(folder)[0]  # nothing trained yet: the same number, not one near it
+    assert sum(each["encoded"] for each in several) == one["encoded"] == 11
+    assert (tmp_path / "out" / "predictions.jsonl").read_text() == (folder / "out" / "predictions.jsonl").read_text()
+
+
+def test_one_process_speaks_and_all_finish(flags, tmp_path):
+    trained(2, flags, tmp_path, epochs=1)
+    main, other = ((tmp_path / f"out{rank}.txt").read_text() for rank in range(2))
+    assert "An optimizer step takes 4 questions: 2 processes x BATCH_SIZE 2 x 1 micro-batches" in main
+    assert main.count("Encoding 11 pictures") == main.count("Trainable parameters: ") == 1
+    assert "Epoch 1 of 1: Training Avg Loss" in main and "Saved to" in main
+    assert other == ""
+
+
+def test_the_work_is_even():
+    """Rows, positions and questions of each process over an epoch, with 1 to 12 questions a picture."""
+    data = uneven_data(pictures=400)
+    for group in (False, True):
+        for processes in (2, 8):
+            samplers = [StepSampler(data, 8 * processes, 8, group, 0, rank, processes) for rank in range(processes)]
+            for sampler in samplers:
+                sampler.epoch = 1
+            done = [[0, 0] for _ in samplers]
+            for work, sampler in zip(done, samplers, strict=True):
+                for batch in sampler:
+                    lengths = [sampler.length(row) for row in batching.by_picture(data, batch).values()]
+                    work[0] += len(lengths)
+                    work[1] += len(lengths) * max(lengths, default=0)
+            for kind in zip(*done, strict=True):
+                assert max(kind) < 1.03 * min(kind), (group, processes, done)
+
+
+def uneven_data(pictures):
+    import random
+    from types import SimpleNamespace
+
+    draw = random.Random(3)
+    return [
+        SimpleNamespace(picture=f"p{p}", prompt_ids=[0] * draw.randint(8, 40), answer_ids=[0] * draw.randint(2, 12))
+        for p in range(pictures)
+        for _ in range(draw.choice([1, 1, 2, 4, 12]))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes that fail, are killed or stopped
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_in_one_ends_all_in_seconds(flags, tmp_path):
+    started = time.monotonic()
+    children = Children(3, flags, tmp_path, failing)
+    assert children.wait(60) == [1, 1, 1]
+    assert time.monotonic() - started < 60
+    texts = [child.text() for child in children]
+    assert texts[2].strip().endswith("error: the disk of this machine caught fire")
+    for rank in (0, 1):
+        assert texts[rank].strip().endswith(f"error: process {rank} ends because another process did")
+        assert "Traceback" not in texts[rank]
+
+
+def test_bad_data_is_said_once(flags, tmp_path):
+    flags["train_file"].write_text('{"image_path": "0.png", "question": "Why?"}\n')
+    children = Children(2, flags, tmp_path)
+    assert children.wait(60) == [1, 1]
+    assert "train.jsonl:1" in children[0].text() and "train.jsonl" not in children[1].text()
+    assert all("Traceback" not in child.text() for child in children)
+
+
+def wait_for(what, seconds=120):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def whole(flags, tmp_path):
+    """A run of two processes that nothing interrupts, with a checkpoint each step as the others have."""
+    flags |= {"checkpoint_steps": 1, "features_dir": tmp_path / "features"}
+    trained(2, flags, tmp_path / "whole", features_dir=tmp_path / "features")
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize("killed", [[0], [1], [0, 1]], ids=["main", "other", "both"])
+def test_killed_it_goes_on_in_as_many_processes_to_the_same_bits(flags, whole, tmp_path, killed):
+    children = Children(2, {**flags, "output_dir": tmp_path / "cut" / "out"}, tmp_path / "cut", in_float32)
+    wait_for(lambda: list((tmp_path / "cut" / "out" / "checkpoints").glob("epoch-0001-step-00000002")))
+    for rank in killed:
+        os.kill(children[rank].process.pid, signal.SIGKILL)
+    assert all(children.wait(60))
+    assert not (tmp_path / "cut" / "out" / "config.json").exists()
+    trained(2, flags, tmp_path / "cut", features_dir=tmp_path / "features")
+    assert "Going on in epoch 1 after step" in (tmp_path / "cut" / "out0.txt").read_text()
+    assert log_of(tmp_path / "cut") == log_of(whole)
+    weights, expected = (folder / "out" / "model.safetensors" for folder in (tmp_path / "cut", whole))
+    assert weights.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_stopped_it_goes_on_in_another_number_of_processes(flags, whole, tmp_path, processes):
+    """SIGTERM to one of two ends both, at a step; the questions of a step stay what they were."""
+    children = Children(2, {**flags, "output_dir": tmp_path / "cut" / "out"}, tmp_path / "cut", in_float32)
+    wait_for(lambda: "Before training" in children[0].text())
+    os.kill(children[1].process.pid, signal.SIGTERM)
+    assert children.wait(60) == [128 + signal.SIGTERM] * 2, "\n".join(child.text() for child in children)
+    trained(processes, flags, tmp_path / "cut", features_dir=tmp_path / "features")
+    out = (tmp_path / "cut" / "out0.txt").read_text()
+    assert "Going on in epoch 1 after step" in out
+    parts = {1: "1 processes x BATCH_SIZE 2 x 2 micro-batches", 3: "3 processes x BATCH_SIZE 2 x 1 micro-batches"}
+    assert f"An optimizer step takes 4 questions: {parts[processes]}" in out
+    for record, expected in zip(log_of(tmp_path / "cut"), log_of(whole), strict=True):
+        assert record == pytest.approx(expected, rel=1e-5)
+    weights, expected = (load_file(folder / "out" / "model.safetensors") for folder in (tmp_path / "cut", whole))
+    for name, tensor in expected.items():
+        assert (weights[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharded
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_sharded_it_trains_as_one(flags, reference, tmp_path):
+    folder, one = reference(flags, 4)
+    several = trained(2, flags, tmp_path, sharded)
+    assert_same_training(one, several, folder, tmp_path)
+    assert log_of(tmp_path)[0] == log_of(folder)[0]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert saved.get_input_embeddings().weight.isfinite().all()
+
+
+def checkpoint_of(folder):
+    (path,) = (folder / "out" / "checkpoints").glob("epoch-*")
+    state = torch.load(path / "optimizer.pt", weights_only=True)
+    return {file.name for file in path.iterdir()}, load_file(path / "model.safetensors"), state
+
+
+@pytest.mark.parametrize(("setup", "then"), [(sharded, in_float32), (in_float32, sharded)], ids=["from", "to"])
+def test_sharded_checkpoints_are_those_of_one_process(flags, whole, tmp_path, setup, then):
+    """What two sharded processes wrote, one plain process goes on from, and the other way round."""
+    processes, others = (2, 1) if setup is sharded else (1, 2)
+    flags = {**flags, "grad_accum_steps": 2 // processes}
+    started = {**flags, "output_dir": tmp_path / "cut" / "out"}
+    children = Children(processes, started, tmp_path / "cut", setup, **environment(setup))
+    wait_for(lambda: "Before training" in children[0].text())
+    os.kill(children[0].process.pid, signal.SIGTERM)
+    assert children.wait(60) == [128 + signal.SIGTERM] * processes, children[0].text()
+    names, weights, state = checkpoint_of(tmp_path / "cut")
+    assert names == {"model.safetensors", "optimizer.pt", "progress.json"}
+    assert {f"text_model.{name}" for name in weights} < set(load_file(TINY / "model.safetensors"))
+    for name, each in state["optimizer"]["state"].items():
+        assert each["exp_avg"].shape == weights[name].shape
+    trained(others, flags, tmp_path / "cut", then, features_dir=tmp_path / "features")
+    assert "Going on in epoch 1 after step" in (tmp_path / "cut" / "out0.txt").read_text()
+    for record, expected in zip(log_of(tmp_path / "cut"), log_of(whole), strict=True):
+        assert record == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two machines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts as (words to run a command there, its address): network namespaces, else twice this machine."""
+    names = [f"fm{os.getpid() % 10_000}{side}" for side in "ab"]
+    commands = [f"ip netns add {name}" for name in names]
+    commands += [f"ip -n {names[0]} link add eth type veth peer name eth netns {names[1]}"]
+    for k, name in enumerate(names, start=1):
+        commands += [f"ip -n {name} addr add 10.77.0.{k}/24 dev eth", f"ip -n {name} link set eth up"]
+        commands += [f"ip -n {name} link set lo up"]
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True, capture_output=True)
+        yield [(["ip", "netns", "exec", name], f"10.77.0.{k}") for k, name in enumerate(names, start=1)]
+    except (OSError, subprocess.CalledProcessError):  # no right to make them
+        yield [([], "127.0.0.1")] * 2
+    finally:
+        for name in names:
+            if shutil.which("ip"):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def launch(hosts, folders, flags):
+    """`accelerate launch` on both hosts, each in a folder of its own; their outputs."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--same_network"]
+    accelerate += ["--num_machines", "2", "--num_processes", "2", "--mixed_precision", "no"]
+    accelerate += ["--main_process_ip", hosts[0][1], "--main_process_port", "29601"]
+    started = []
+    for rank, ((inside, address), folder) in enumerate(zip(hosts, folders, strict=True)):
+        interface = "lo" if address == "127.0.0.1" else "eth"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
+        environment["ACCELERATE_USE_CPU"] = "true"
+        command = [*inside, *accelerate, "--machine_rank", str(rank), str(ROOT / "finetune_moondream.py"), *words]
+        out = (folder / "out.txt").open("w")
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        started.append(process)
+    try:
+        statuses = [process.wait(240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    texts = [(folder / "out.txt").read_text() for folder in folders]
+    assert statuses == [0, 0], "\n".join(texts)
+    return texts
+
+
+def test_two_machines_that_share_no_folder(flags, data, hosts, tmp_path):
+    """Each keeps its own features; the first has the model, the log and the report, the second nothing of them."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+        for file in data.glob("*.*"):
+            shutil.copy(file, folder)
+    flags |= {"train_file": "train.jsonl", "valid_file": "valid.jsonl", "features_dir": "features"}
+    flags |= {"output_dir": "out", "epochs": 1}
+    first, second = launch(hosts, folders, flags)
+    assert "Epoch 1 of 1: Training Avg Loss" in first and "Saved to out" in first
+    assert "Epoch 1 of 1" not in second and not (folders[1] / "out" / "config.json").exists()
+    assert (folders[0] / "out" / "model.safetensors").exists()
+    stored = [{file.name for file in (folder / "features").rglob("*.safetensors")} for folder in folders]
+    assert stored[0] == stored[1] and len(stored[0]) == 11
+    assert "Traceback" not in first + second
