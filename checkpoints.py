@@ -13,7 +13,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from flags import InputError
 from processes import any_says, from_main
@@ -201,7 +206,8 @@ class Checkpoints:
             state = torch.load(path / "optimizer.pt", weights_only=True)
         scheduler.load_state_dict(from_main(accelerator, lambda: state["scheduler"]))
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"], options=options)
+        set_model_state_dict(model, weights, options=options)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
 
     def progress(self):
         """The progress that the newest checkpoint holds, as a dictionary; None without one."""

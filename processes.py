@@ -5,6 +5,7 @@ import os
 from datetime import timedelta
 
 import torch
+import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch.distributed.fsdp import FSDPModule
@@ -48,6 +49,7 @@ def one_speaks(accelerator):
         if not accelerator.is_main_process:
             nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
             stack.enter_context(contextlib.redirect_stdout(nowhere))
+            transformers.utils.logging.disable_progress_bar()
         try:
             yield
         except RuntimeError as error:

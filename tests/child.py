@@ -72,7 +72,7 @@ class Children(list):
             mine = {name: str(value) for name, value in {**mine, "NOTES": folder / f"notes{rank}.json"}.items()}
             self.append(Child(flags, folder / f"out{rank}.txt", environment=mine, setup=setup))
 
-    def wait(self, timeout=300):
+    def wait(self, timeout=120):
         """All exit statuses; whoever is left after `timeout` seconds is killed, and counts as hanging."""
         end = time.monotonic() + timeout
         for child in self:

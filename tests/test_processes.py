@@ -56,6 +56,13 @@ def log_of(folder):
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
+def difference(name, tensor, expected):
+    """Relative. A key's bias moves no softmax: its gradient is rounding noise, which AdamW makes full steps of."""
+    if name.endswith("Wqkv.bias"):
+        tensor, expected = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (tensor, expected))
+    return (tensor - expected).norm() / expected.norm().clamp(min=1e-12)
+
+
 def assert_same_training(one, several, folder_one, folder_several):
     """Losses by step, final weights and validation of two runs, within 1e-5 relative."""
     for noted in several:
@@ -71,10 +78,16 @@ def assert_same_training(one, several, folder_one, folder_several):
     assert weights.keys() == expected.keys() == base.keys()
     moved = 0.0
     for name, tensor in expected.items():
-        assert (weights[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+        assert difference(name, weights[name], tensor) <= 1e-5, name
         moved = max(moved, ((tensor - base[name]).norm() / tensor.norm().clamp(min=1e-6)).item())
     assert moved > 1e-3  # a hundred times more than they may differ
-    for record, expected_record in zip(log_of(folder_several), log_of(folder_one), strict=True):
+    assert_same_log(folder_several, folder_one)
+
+
+def assert_same_log(folder, expected):
+    before, expected_before = log_of(folder)[0], log_of(expected)[0]
+    assert before == expected_before  # nothing trained yet: the same number, not one near it
+    for record, expected_record in zip(log_of(folder)[1:], log_of(expected)[1:], strict=True):
         assert record == pytest.approx(expected_record, rel=1e-5)
 
 
@@ -107,7 +120,6 @@ def test_processes_train_as_one(flags, reference, tmp_path, processes, batch_siz
     folder, one = reference(flags, processes * batch_size * accum, **changes)
     several = trained(processes, flags, tmp_path, batch_size=batch_size, grad_accum_steps=accum, **changes)
     assert_same_training(one, several, folder, tmp_path)
-    assert log_of(tmp_path)[0] == log_of(folder)[0]  # nothing trained yet: the same number, not one near it
     assert sum(each["encoded"] for each in several) == one["encoded"] == 11
     assert (tmp_path / "out" / "predictions.jsonl").read_text() == (folder / "out" / "predictions.jsonl").read_text()
 
@@ -123,7 +135,7 @@ def test_one_process_speaks_and_all_finish(flags, tmp_path):
 
 def test_the_work_is_even():
     """Rows, positions and questions of each process over an epoch, with 1 to 12 questions a picture."""
-    data = uneven_data(pictures=400)
+    data = uneven_data(pictures=2000)
     for group in (False, True):
         for processes in (2, 8):
             samplers = [StepSampler(data, 8 * processes, 8, group, 0, rank, processes) for rank in range(processes)]
@@ -135,8 +147,9 @@ def test_the_work_is_even():
                     lengths = [sampler.length(row) for row in batching.by_picture(data, batch).values()]
                     work[0] += len(lengths)
                     work[1] += len(lengths) * max(lengths, default=0)
-            for kind in zip(*done, strict=True):
-                assert max(kind) < 1.03 * min(kind), (group, processes, done)
+            rows, positions = zip(*done, strict=True)
+            assert max(rows) < 1.05 * min(rows), (group, processes, done)
+            assert max(positions) < 1.01 * min(positions), (group, processes, done)
 
 
 def uneven_data(pictures):
@@ -218,11 +231,10 @@ def test_stopped_it_goes_on_in_another_number_of_processes(flags, whole, tmp_pat
     assert "Going on in epoch 1 after step" in out
     parts = {1: "1 processes x BATCH_SIZE 2 x 2 micro-batches", 3: "3 processes x BATCH_SIZE 2 x 1 micro-batches"}
     assert f"An optimizer step takes 4 questions: {parts[processes]}" in out
-    for record, expected in zip(log_of(tmp_path / "cut"), log_of(whole), strict=True):
-        assert record == pytest.approx(expected, rel=1e-5)
+    assert_same_log(tmp_path / "cut", whole)
     weights, expected = (load_file(folder / "out" / "model.safetensors") for folder in (tmp_path / "cut", whole))
     for name, tensor in expected.items():
-        assert (weights[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+        assert difference(name, weights[name], tensor) <= 1e-5, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +246,6 @@ def test_sharded_it_trains_as_one(flags, reference, tmp_path):
     folder, one = reference(flags, 4)
     several = trained(2, flags, tmp_path, sharded)
     assert_same_training(one, several, folder, tmp_path)
-    assert log_of(tmp_path)[0] == log_of(folder)[0]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert saved.get_input_embeddings().weight.isfinite().all()
 
@@ -262,8 +273,7 @@ def test_sharded_checkpoints_are_those_of_one_process(flags, whole, tmp_path, se
         assert each["exp_avg"].shape == weights[name].shape
     trained(others, flags, tmp_path / "cut", then, features_dir=tmp_path / "features")
     assert "Going on in epoch 1 after step" in (tmp_path / "cut" / "out0.txt").read_text()
-    for record, expected in zip(log_of(tmp_path / "cut"), log_of(whole), strict=True):
-        assert record == pytest.approx(expected, rel=1e-5)
+    assert_same_log(tmp_path / "cut", whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
