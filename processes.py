@@ -33,7 +33,7 @@ def start(**arguments):
         )
     if kind == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading or plugin.cpu_offload:
+        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
             raise InputError("this FSDP configuration is not one that the run is made for: use --config_file fsdp.yaml")
     return accelerator
 

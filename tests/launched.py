@@ -9,6 +9,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.tensor import DTensor
 
 import finetune_moondream as script
 import processes
@@ -30,6 +31,7 @@ def noting():
             rows = len(batch["examples"])
             count(rows=rows, positions=batch["segments"].numel() if rows else 0)
         result = train_step(run, batches)
+        NOTES["sharded"] = all(isinstance(p, DTensor) for p in run.text_model.parameters())
         NOTES["steps"].append(result)
         Path(os.environ["NOTES"]).write_text(json.dumps(NOTES))
         return result
