@@ -24,7 +24,8 @@ import launched
 
 def sent():
     """Bytes that left by the loopback of this network namespace."""
-    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+    (line,) = [line for line in Path("/proc/self/net/dev").read_text().splitlines() if line.strip().startswith("lo:")]
+    return int(line.split()[9])
 
 
 def measure():
