@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,10 +159,18 @@ def test_the_work_is_even():
             assert max(positions) < 1.01 * min(positions), (group, processes, done)
 
 
-def uneven_data(pictures):
-    import random
-    from types import SimpleNamespace
+@pytest.mark.skipif(subprocess.run(["unshare", "--net", "true"]).returncode != 0, reason="no right to a namespace")
+def test_gradients_are_sent_once_a_step():
+    """Bytes on the wire: what a ring sends of the gradients, and 2% for everything else, accumulating or not."""
+    command = [sys.executable, ROOT / "tests" / "scaling.py", "--grad_accum_steps", "2", "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("{")]
+    figures = json.loads(line)
+    sent, gradients = figures["bytes sent a step, all processes"], figures["bytes of gradients"]
+    assert 2 * gradients <= sent < 1.02 * 2 * gradients
 
+
+def uneven_data(pictures):
     draw = random.Random(3)
     return [
         SimpleNamespace(picture=f"p{p}", prompt_ids=[0] * draw.randint(8, 40), answer_ids=[0] * draw.randint(2, 12))
