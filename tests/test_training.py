@@ -98,6 +98,50 @@ def test_shared_rows_have_the_loss_and_gradient_of_separate_ones(tiny, tokenizer
         assert difference < 1e-5, name
 
 
+def test_in_bfloat16_shared_rows_differ_no_more_than_plain_runs_do(tiny, tokenizer, train):
+    """Two plain runs, one row at a time and all rows padded to a batch, differ by rounding: that is the measure."""
+    tiny.bfloat16()
+    examples = [train[i] for i in (0, 1, 2, 3, 4, 5, 7, 10)]
+    collate = collator(tiny, tokenizer, train)
+
+    def gradient(batches):
+        tiny.zero_grad()
+        for batch in batches:
+            embeds = script.image_embeds(batch, tiny.vision_encoder, collate.store, "cpu")
+            script.loss_sum(tiny.text_model, batch, embeds).backward()
+        return torch.cat([p.grad.double().flatten() for p in tiny.text_model.parameters()])
+
+    sum(plain_losses(tiny, tokenizer, examples, train.pictures)).backward()
+    plain = torch.cat([p.grad.double().flatten() for p in tiny.text_model.parameters()])
+    assert len(collate(examples)["examples"]) < len(examples)
+    padded = plain_padded_gradient(tiny, tokenizer, examples, train.pictures)
+    tolerance = (padded - plain).norm() / plain.norm()
+    shared = (gradient([collate(examples)]) - plain).norm() / plain.norm()
+    print(f"padded {tolerance:.2e}, shared {shared:.2e}")
+    assert 0 < shared < 1.5 * tolerance
+
+
+def plain_padded_gradient(model, tokenizer, examples, pictures):
+    """The gradient of the summed loss, all examples padded to one batch, whole logits."""
+    model.zero_grad()
+    with torch.no_grad():
+        images = model.vision_encoder([pixels_of(pictures[each.picture], model.vision_encoder) for each in examples])
+    texts = [torch.tensor([tokenizer.bos_token_id, *each.prompt_ids, *each.answer_ids]) for each in examples]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=tokenizer.bos_token_id)
+    embeds = model.get_input_embeddings()(ids)
+    embeds = torch.cat([embeds[:, :1], images, embeds[:, 1:]], dim=1)
+    labels, mask = torch.full(embeds.shape[:2], -100), torch.zeros(embeds.shape[:2], dtype=torch.long)
+    for r, each in enumerate(examples):
+        start = 1 + images.shape[1] + len(each.prompt_ids)
+        labels[r, start : start + len(each.answer_ids)] = torch.tensor(each.answer_ids)
+        mask[r, : start + len(each.answer_ids)] = 1
+    logits = model.text_model(inputs_embeds=embeds, attention_mask=mask).logits.float()
+    F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    ).backward()
+    return torch.cat([p.grad.double().flatten() for p in model.text_model.parameters()])
+
+
 def test_only_answer_positions_go_through_the_head(tiny, tokenizer, train):
     seen = []
     tiny.text_model.lm_head.linear.register_forward_hook(lambda module, args, out: seen.append(out.shape))
