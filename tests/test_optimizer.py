@@ -1,0 +1,188 @@
+"""AdamW against torch's own in float32, the bits behind a bfloat16 weight, weight decay, and the rate's schedules."""
+
+import copy
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import optimizer as module
+from optimizer import AdamW, build_optimizer, build_scheduler, join, split
+
+
+def whole(optimizer, p):
+    """The number that a parameter and what is kept beside it stand for, in float64."""
+    low = optimizer.state[p].get("low")
+    return (p.detach() if low is None else join(p.detach(), low)).double()
+
+
+def steps(optimizer, parameters, count, seed=0):
+    """So many steps, with gradients that are the same for each optimizer."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator).mul(1e-3).bfloat16().to(p.dtype)
+        optimizer.step()
+
+
+def parameters(dtype, *shapes):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).mul(0.02).bfloat16().to(dtype)) for s in shapes]
+
+
+def test_in_float32_it_is_torchs_adamw():
+    ours, theirs = (parameters(torch.float32, (30, 40), (50,)) for _ in range(2))
+    settings = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    steps(AdamW(ours, **settings), ours, 20)
+    steps(torch.optim.AdamW(theirs, eps=1e-8, **settings), theirs, 20)
+    for p, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_all_sixteen_bits_behind_a_weight_make_it_float32():
+    """Of a vector all bits are kept: its numbers are those of a float32 master weight, to the last bit."""
+    (p,) = parameters(torch.bfloat16, (1000,))
+    optimizer = AdamW([p], 3e-5, (0.9, 0.99), 0.0)
+    master, mean, square = p.detach().float(), torch.zeros_like(p), torch.zeros_like(p)
+    for k in range(1, 21):
+        steps(optimizer, [p], 1, seed=k)
+        grad = p.grad.float()
+        mean32 = torch.lerp(mean.float(), grad, 1 - 0.9)
+        square32 = square.float().mul(0.99).addcmul(grad, grad, value=1 - 0.99)
+        rate, correction = torch.tensor([3e-5 / (1 - 0.9**k), 1 / (1 - 0.99**k)])
+        master = master - ((square32 * correction).sqrt() + 1e-8).reciprocal() * mean32 * rate
+        mean, square = mean32.bfloat16(), square32.bfloat16()
+        assert torch.equal(join(p.detach(), optimizer.state[p]["low"]), master)
+    assert torch.equal(p.detach(), master.bfloat16())
+
+
+@pytest.mark.parametrize(("low", "error"), [(torch.int8, 2**-16), (torch.int16, 0)])
+def test_a_number_is_split_into_the_nearest_bfloat16_and_the_bits_behind_it(low, error):
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(1 << 18, generator=generator) * 10.0 ** torch.arange(-10, 6).repeat(1 << 14)
+    numbers = torch.cat([numbers, torch.tensor([0.0, -0.0, 1.0, 1.99999988, -0.99999994, 1e-37, -3e38])])
+    weight, rest = torch.empty_like(numbers, dtype=torch.bfloat16), torch.empty_like(numbers, dtype=low)
+    split(numbers.clone(), weight, rest)
+    joined = join(weight, rest)
+    assert ((joined - numbers).abs() <= error * numbers.abs()).all()
+    nearest = (numbers - numbers.bfloat16()).abs()
+    assert ((numbers - weight).abs() <= nearest + 2 * error * numbers.abs()).all()
+    assert (weight == numbers.bfloat16()).float().mean() > 0.99  # the others lie in the middle of two
+
+
+def test_matrices_follow_float32_where_plain_bfloat16_does_not_move():
+    ours, exact, plain = (parameters(dtype, (60, 70)) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16))
+    start = exact[0].detach().clone()
+    settings = {"lr": 3e-6, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    optimizer = AdamW(ours, **settings)
+    steps(optimizer, ours, 50)
+    steps(torch.optim.AdamW(exact, eps=1e-8, **settings), exact, 50)
+    steps(torch.optim.AdamW(plain, eps=1e-8, **settings), plain, 50)
+    moved = exact[0].detach().double() - start
+    error = (whole(optimizer, ours[0]) - exact[0].double()).norm() / moved.norm()
+    assert error < 0.05 < (plain[0].double() - exact[0].double()).norm() / moved.norm()
+
+
+def test_parts_are_updated_as_a_whole_is(monkeypatch):
+    one, several = parameters(torch.bfloat16, (30, 40), (50,)), parameters(torch.bfloat16, (30, 40), (50,))
+    steps(AdamW(one, 1e-3, (0.9, 0.99), 0.1), one, 3)
+    monkeypatch.setattr(module, "CPU_PART", 77)
+    steps(AdamW(several, 1e-3, (0.9, 0.99), 0.1), several, 3)
+    assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+
+
+COMPILED = """
+import torch
+import optimizer
+def after(function, low, size):
+    torch.manual_seed(0)
+    weight = torch.randn(size).mul(0.02).bfloat16()
+    mean, square, low = torch.zeros_like(weight), torch.zeros_like(weight), torch.zeros_like(weight, dtype=low)
+    for k in range(1, 4):
+        numbers = torch.tensor([1 - 1e-4, 3e-5 / (1 - 0.9**k), 1 / (1 - 0.99**k)])
+        function(weight, torch.randn(size).bfloat16(), mean, square, low, numbers=(numbers, 0.9, 0.99, 1e-8))
+    return optimizer.join(weight, low)
+for low in (torch.int8, torch.int16):
+    for size in (1000, 64, 4097):
+        torch.testing.assert_close(
+            after(optimizer.fused(), low, size), after(optimizer.update, low, size), rtol=2**-15, atol=1e-7
+        )
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiles for this machine's CPU, which takes g++")
+@pytest.mark.parametrize(("compiler", "graphs"), [("g++", "2"), ("/nonexistent", "0")])
+def test_compiled_it_does_the_same_and_without_a_compiler_too(compiler, graphs, tmp_path):
+    """One graph for each kind of parameter, whatever their sizes and the step's numbers; none without a compiler."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [graphs]
+
+
+def test_a_state_comes_back_from_a_checkpoint_bit_for_bit():
+    one, other = parameters(torch.bfloat16, (30, 40), (50,)), parameters(torch.bfloat16, (30, 40), (50,))
+    first = AdamW(one, 1e-3, (0.9, 0.99), 0.1)
+    steps(first, one, 3)
+    second = AdamW(other, 1e-3, (0.9, 0.99), 0.1)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for p, q in zip(one, other, strict=True):
+        q.data.copy_(p.data)
+        assert [each.dtype for each in first.state[p].values()] == [each.dtype for each in second.state[q].values()]
+    assert second.state[other[0]]["low"].dtype == torch.int8 and second.state[other[1]]["low"].dtype == torch.int16
+    for optimizer, each in ((first, one), (second, other)):
+        steps(optimizer, each, 2, seed=5)
+    for p, q in zip(one, other, strict=True):
+        assert torch.equal(whole(first, p), whole(second, q))
+
+
+def test_norms_and_biases_are_not_decayed(tiny):
+    decayed, exempt = build_optimizer(tiny.text_model, 1e-3, 0.1, (0.9, 0.99)).param_groups
+    names = {id(p): name for name, p in tiny.text_model.named_parameters()}
+    assert exempt["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
+    assert {names[id(p)].rsplit(".", 1)[1] for p in decayed["params"]} == {"weight"}
+    assert all(names[id(p)].endswith((".bias", ".ln.weight")) for p in exempt["params"])
+    assert len(decayed["params"]) + len(exempt["params"]) == len(names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weight_decay_acts(dtype):
+    """As much as it should, at a rate at which plain bfloat16 loses all of it."""
+    (p,), (plain,) = parameters(dtype, (64, 64)), parameters(dtype, (64, 64))
+    start = p.detach().double().clone()
+    optimizer = AdamW([p], 3e-5, (0.9, 0.99), 0.1)
+    theirs = torch.optim.AdamW([plain], lr=3e-5, weight_decay=0.1)
+    for _ in range(1000):
+        p.grad, plain.grad = torch.zeros_like(p), torch.zeros_like(p)
+        optimizer.step()
+        theirs.step()
+    shrunk = 1 - (whole(optimizer, p) * start).sum() / start.square().sum()
+    assert shrunk.item() == pytest.approx(1 - (1 - 3e-5 * 0.1) ** 1000, rel=0.1)
+    if dtype == torch.bfloat16:
+        assert torch.equal(plain.detach().double(), start)
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "rates"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1]),
+        ("constant", 2, [0, 0.5, 1, 1, 1]),
+        ("linear", 2, [0, 0.5, 1, 2 / 3, 1 / 3]),
+        ("cosine", 1, [0, 1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2]),
+    ],
+)
+def test_schedules(name, warmup, rates):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_scheduler(optimizer, name, warmup, 5)
+    got = []
+    for _ in rates:
+        got.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert got == pytest.approx(rates)
