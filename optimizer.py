@@ -39,7 +39,7 @@ class AdamW(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
             (beta1, beta2), lr, decay = group["betas"], group["lr"], 0.0
             group["step"] += 1
