@@ -16,6 +16,7 @@ import finetune_moondream as script
 from checkpoints import Progress, write_text
 from features import FeatureStore
 from flags import InputError, run
+from loading import load_model, load_tokenizer
 from model_card import machine, predictions
 from modeling_moondream2 import preprocess
 from pictures import PictureError, open_picture
@@ -53,8 +54,7 @@ def score(accelerator, model_id, model, tokenizer, path, batch_size, output_dir)
         progress=Progress({}),
         stop=SimpleNamespace(check=lambda: None),
     )
-    loss = script.evaluate(scored)
-    scored.progress.answers_best = script.answer(scored)
+    loss, scored.progress.answers_best = script.evaluate(scored)
     accuracy = script.accuracy(data, scored.progress.answers_best)
     scored.progress.history = [{"epoch": 0, "valid_loss": loss, "valid_accuracy": accuracy, "seconds": 0.0}]
     print(f"{len(data)} questions: Avg Loss: {loss:.4f}, accuracy: {accuracy:.1%}")
@@ -89,9 +89,9 @@ def main():
     if is_file == bool(words.question):
         raise InputError("give a picture and at least one question, or a .jsonl file alone")
     transformers.utils.logging.set_verbosity_error()
-    _, tokenizer = script.load_tokenizer(words.model, script.REVISION)
+    _, tokenizer = load_tokenizer(words.model, script.REVISION)
     accelerator = Accelerator()
-    model = script.load_model(words.model, script.REVISION).to(accelerator.device)
+    model = load_model(words.model, script.REVISION).to(accelerator.device)
     if is_file:
         output_dir = Path(words.output_dir or Path(words.picture).with_suffix("").name + "_scored")
         score(accelerator, words.model, model, tokenizer, words.picture, words.batch_size, output_dir)

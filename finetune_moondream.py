@@ -12,7 +12,7 @@ import random
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +20,11 @@ from types import SimpleNamespace
 import torch
 import transformers
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import flags
 from batching import Collator, StepSampler, whole_rows
@@ -44,8 +44,9 @@ from data_summary import format_table, summarize
 from features import FeatureStore, encode_pictures
 from flags import InputError
 from jsonl import read_lines
+from loading import load_model, load_tokenizer
 from model_card import how_to_ask, model_card, predictions, report_of
-from modeling_moondream2 import Moondream, MoondreamConfig, prompt_text, row_mask
+from modeling_moondream2 import Moondream, prompt_text, row_mask
 from optimizer import build_optimizer, build_scheduler
 from pictures import PictureError, find_picture, inspect_all
 from processes import from_main, gather, one_speaks, share, start, whole_weights
@@ -173,64 +174,6 @@ def print_skipped(dataset, most=5):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def revision_of(model_id, revision):
-    """A local folder has no revision."""
-    return None if Path(model_id).is_dir() else revision
-
-
-@contextmanager
-def explained(model_id):
-    """Says in one line why a model can't be had, or that it is another one."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"cannot load {model_id}: {first_line(error)} Where there is no network, fetch it elsewhere by "
-            f"`hf download {MODEL_ID} --revision {REVISION} --local-dir moondream2`, copy it and give its path "
-            "as --model_id; --model_id tests/tiny_moondream2 runs without the hub"
-        ) from None
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise wrong_model(model_id, first_line(error)) from error
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def wrong_model(model_id, found):
-    return InputError(f"{model_id} is not Moondream2 of 2024-08-26 ({found}): use {MODEL_ID} at REVISION {REVISION}")
-
-
-def load_tokenizer(model_id, revision):
-    """The model's configuration and tokenizer, without its weights.
-
-    Raises:
-        InputError: they can't be had, or are another model's.
-    """
-    revision = revision_of(model_id, revision)
-    with explained(model_id):
-        config = AutoConfig.from_pretrained(model_id, revision=revision)
-        if not isinstance(config, MoondreamConfig) or config.architectures != ["Moondream"]:
-            raise wrong_model(model_id, f"found {config.model_type}, {config.architectures}")
-        return config, AutoTokenizer.from_pretrained(model_id, revision=revision)
-
-
-def load_model(model_id, revision):
-    """Moondream2 in bfloat16, its vision encoder frozen.
-
-    Raises:
-        InputError: it can't be had, or its weights are another model's.
-    """
-    with explained(model_id):
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            model_id, revision=revision_of(model_id, revision), dtype=torch.bfloat16, output_loading_info=True
-        )
-    if loaded["missing_keys"]:
-        raise wrong_model(model_id, f"its weights lack {min(loaded['missing_keys'])}")
-    model.vision_encoder.requires_grad_(False)
-    return model.eval()
-
-
 def print_parameters(model):
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"Trainable parameters: {trainable:,} of {sum(p.numel() for p in model.parameters()):,}")
@@ -254,50 +197,61 @@ def image_embeds(batch, vision_encoder, store, device):
     return torch.stack([each.to(device, non_blocking=True) for each in features]) if features else None
 
 
-def loss_sum(text_model, batch, embeds, num_items=1):
-    """The summed cross-entropy of a batch's answer tokens, in float32, divided by `num_items`."""
+def forward(text_model, batch, embeds, num_items=1, use_cache=False):
+    """The text model's output on a batch; its loss is summed over the answer tokens, then divided by `num_items`."""
     names, device = ("input_ids", "position_ids", "labels", "scored", "segments"), next(text_model.parameters()).device
     tensors = {name: batch[name].to(device, non_blocking=True) for name in names}
     segments = tensors.pop("segments")
     # Rows of one question need no mask: causal attention never looks at the padding behind them.
-    mask = row_mask(segments) if any(len(row) > 1 for row in batch["examples"]) else None
-    return text_model(**tensors, image_embeds=embeds, attention_mask=mask, num_items_in_batch=num_items).loss
+    tensors["attention_mask"] = row_mask(segments) if any(len(row) > 1 for row in batch["examples"]) else None
+    return text_model(**tensors, image_embeds=embeds, num_items_in_batch=num_items, use_cache=use_cache)
 
 
 @torch.no_grad()
 def evaluate(run):
-    """Validation Avg Loss: the mean over all answer tokens, in which each example counts once."""
+    """Validation Avg Loss, the mean over all answer tokens, in which each example counts once; and {place: answer}.
+
+    VALID_ANSWERS of the examples are asked, drawn by SEED. A row is read once for both.
+    """
     run.model.eval()
+    places = [example.place for example in run.valid]
+    asked = set(random.Random(run.constants.seed).sample(places, min(len(places), run.constants.valid_answers)))
     batches = whole_rows(run.valid, range(len(run.valid)), 4 * run.constants.batch_size, run.room)
-    losses, tokens = [], 0
+    losses, tokens, answers = [], 0, {}
     for batch in collated(run, run.valid, share(run.accelerator, batches), "Validating"):
         run.stop.check()
         if batch["examples"]:
             embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
-            losses.append(loss_sum(run.model.text_model, batch, embeds))
+            wanted = any(example.place in asked for row in batch["examples"] for example in row)
+            out = forward(run.model.text_model, batch, embeds, use_cache=wanted)
+            losses.append(out.loss)
             tokens += len(batch["scored"])
+            answers |= answer(run, batch, out, asked) if wanted else {}
     losses, tokens = gather(torch.stack(losses).tolist() if losses else []), sum(gather([tokens]))
     if not tokens:
         raise InputError(f"no picture of {run.constants.valid_file} can be read any more")
-    return math.fsum(losses) / tokens
+    return math.fsum(losses) / tokens, dict(gather(list(answers.items())))
 
 
-def answer(run):
-    """{place: answer} for the validation examples that are asked, decoded greedily, a picture's questions at once."""
-    run.model.eval()
-    numbers = random.Random(run.constants.seed).sample(range(len(run.valid)), len(run.valid))
-    numbers = sorted(numbers[: run.constants.valid_answers])
-    answers = {}
-    batches = whole_rows(run.valid, numbers, 4 * run.constants.batch_size, run.room)
-    for batch in collated(run, run.valid, share(run.accelerator, batches), "Answering"):
-        run.stop.check()
-        if batch["examples"]:
-            embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
-            questions = [[example.question for example in row] for row in batch["examples"]]
-            rows = run.model.answer_questions(embeds, questions, run.tokenizer, MAX_NEW_TOKENS)
-            for row, texts in zip(batch["examples"], rows, strict=True):
-                answers.update((example.place, text) for example, text in zip(row, texts, strict=True))
-    return dict(gather(list(answers.items())))
+def answer(run, batch, out, asked):
+    """Greedy answers to those of a batch's examples that are asked, going on from the pass that gave their loss."""
+    rows, scored = batch["examples"], batch["scored"]
+    examples = [example for row in rows for example in row]
+    first = scored.diff(prepend=scored[:1] - 2) > 1  # of the positions that predict an answer
+
+    def in_rows(values, padding=0):
+        return pad_sequence(values.split([len(row) for row in rows]), True, padding).to(run.device)
+
+    token = in_rows(out.logits.argmax(-1)[first.to(run.device)])
+    position_ids = in_rows(batch["position_ids"].flatten()[scored[first]] + 1)
+    done = in_rows(torch.tensor([example.place not in asked for example in examples]), True)
+    unseen = batch["labels"] != -100  # the true answers
+    segments = batch["segments"].masked_fill(unseen, -1).to(run.device)
+    eos = run.tokenizer.eos_token_id
+    ids = run.model.decode(token, position_ids, done, segments, out.past_key_values, eos, MAX_NEW_TOKENS)
+    ids = [each for row, answers in zip(rows, ids, strict=True) for each in answers[: len(row)]]
+    texts = [text.strip() for text in run.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return {each.place: text for each, text in zip(examples, texts, strict=True) if each.place in asked}
 
 
 def accuracy(dataset, answers):
@@ -384,7 +338,7 @@ def train_step(run, batches):
         at_once = batch is batches[-1] or accelerator.is_fsdp2
         with nullcontext() if at_once else accelerator.no_sync(model):
             embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
-            loss = loss_sum(model, batch, embeds, divisor)
+            loss = forward(model, batch, embeds, divisor).loss
             accelerator.backward(loss)
         losses.append(loss.detach())
     loss = accelerator.reduce(torch.stack(losses).sum(), "mean")
@@ -448,7 +402,7 @@ def finish_epoch(run):
     progress, constants = run.progress, run.constants
     clock = time.monotonic() - progress.seconds
     with whole_weights(run.text_model):
-        valid_loss, answers = evaluate(run), answer(run)
+        valid_loss, answers = evaluate(run)
     record = {
         "epoch": progress.epoch,
         "train_loss": progress.loss_sum / progress.tokens if progress.tokens else None,
@@ -581,6 +535,7 @@ def prepare(constants, accelerator, stop):
     train, valid, data = from_main(accelerator, read_data, constants, tokenizer, room)
     with accelerator.main_process_first():
         model = load_model(constants.model_id, constants.revision)
+    model.vision_encoder.requires_grad_(False)
     print_parameters(model)
     model.to(accelerator.device)
     if constants.gradient_checkpointing:

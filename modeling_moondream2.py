@@ -531,7 +531,7 @@ class Moondream(PreTrainedModel):
 
     @torch.inference_mode()
     def generate_ids(self, image_embeds, prompts, bos, eos, max_new_tokens):
-        """Greedy decoding of all questions of all rows at once: a step costs one token for each question.
+        """Greedy answers to all questions of all rows.
 
         Args:
             image_embeds: (rows, 729, width).
@@ -542,10 +542,9 @@ class Moondream(PreTrainedModel):
         rows, most, device = len(prompts), max(map(len, prompts)), self.get_input_embeddings().weight.device
         layout = {name: x.to(device) for name, x in lay_out_rows(prompts, bos, image_embeds.shape[1]).items()}
         segments, position_ids = layout["segments"], layout["position_ids"]
-        questions = torch.arange(1, most + 1, device=device).expand(rows, -1)
+        questions = torch.arange(1, most + 1, device=device)[:, None]
         # (rows, most): where each prompt's last token stands in its row
-        last = (segments[:, None] == questions[..., None]).cumsum(-1).argmax(-1)
-        steps = position_ids.gather(1, last)
+        last = (segments[:, None] == questions).cumsum(-1).argmax(-1)
         out = self.text_model(
             input_ids=layout["input_ids"],
             image_embeds=image_embeds.to(device),
@@ -555,23 +554,40 @@ class Moondream(PreTrainedModel):
             use_cache=True,
         )
         done = torch.tensor([[k >= len(row) for k in range(most)] for row in prompts], device=device)
-        answers = torch.empty(rows, most, 0, dtype=torch.long, device=device)
+        token, cache = out.logits.argmax(-1).view(rows, most), out.past_key_values
+        answers = self.decode(token, position_ids.gather(1, last) + 1, done, segments, cache, eos, max_new_tokens)
+        return [row[: len(prompt)] for row, prompt in zip(answers, prompts, strict=True)]
+
+    @torch.inference_mode()
+    def decode(self, token, position_ids, done, segments, cache, eos, max_new_tokens):
+        """Goes on greedily with all questions of all rows at once: a step costs one token for each question.
+
+        Args:
+            token: (rows, questions), the first of each answer; position_ids: (rows, questions), where it stands.
+            done: (rows, questions), True where there is no question.
+            segments: (rows, tokens), of what has been read; no question sees a segment below 0.
+            cache: the keys and values of what has been read.
+        Returns:
+            for each row a list of answers, each a list of token ids without `eos`.
+        """
+        questions = torch.arange(1, token.shape[1] + 1, device=token.device).expand_as(token)
+        answers = []
         while True:
-            token = out.logits.argmax(-1).view(rows, most).masked_fill(done, eos)
-            answers = torch.cat([answers, token[..., None]], dim=-1)
+            token = token.masked_fill(done, eos)
+            answers.append(token)
             done = done | (token == eos)
-            if answers.shape[-1] == max_new_tokens or done.all():
+            if len(answers) == max_new_tokens or done.all():
                 break
             segments = torch.cat([segments, questions], dim=1)
-            steps = steps + 1
             out = self.text_model(
                 input_ids=token,
                 attention_mask=row_mask(segments, questions),
-                position_ids=steps,
-                past_key_values=out.past_key_values,
+                position_ids=position_ids,
+                past_key_values=cache,
             )
-        until_eos = [[ids[: ids.index(eos)] if eos in ids else ids for ids in row] for row in answers.tolist()]
-        return [row[: len(prompt)] for row, prompt in zip(until_eos, prompts, strict=True)]
+            token, position_ids = out.logits.argmax(-1), position_ids + 1
+        answers = torch.stack(answers, dim=-1).tolist()
+        return [[ids[: ids.index(eos)] if eos in ids else ids for ids in row] for row in answers]
 
 
 AutoConfig.register(MoondreamConfig.model_type, MoondreamConfig, exist_ok=True)

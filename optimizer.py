@@ -67,7 +67,7 @@ class AdamW(Optimizer):
         super().load_state_dict(state_dict)
         numbers = (i for group in state_dict["param_groups"] for i in group["params"])
         for i, p in zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=True):
-            if "low" in self.state[p]:
+            if "low" in self.state.get(p, ()):
                 self.state[p]["low"] = state_dict["state"][i]["low"].to(p.device)
 
 

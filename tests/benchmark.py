@@ -153,12 +153,12 @@ class Ours:
 
     def validate(self, examples):
         self.run.valid = examples
-        return script.evaluate(self.run)
+        return script.evaluate(self.run)[0]
 
     def forward_backward(self, examples):
         batch = self.run.collate(list(examples))
         embeds = script.image_embeds(batch, self.model.vision_encoder, self.run.store, "cpu")
-        seconds, _ = timed(lambda: script.loss_sum(self.model.text_model, batch, embeds).backward())
+        seconds, _ = timed(lambda: script.forward(self.model.text_model, batch, embeds).loss.backward())
         self.model.zero_grad()
         return seconds, flops(self.model.config.text_config, batch)
 

@@ -340,7 +340,7 @@ def test_the_best_epoch_is_saved(flags, run_main, tokenizer, data, capsys):
     saved = AutoModelForCausalLM.from_pretrained(flags["output_dir"], dtype=torch.bfloat16)
     train, valid = (dataset(data / f"{split}.jsonl", tokenizer) for split in ("train", "valid"))
     run = make_run(saved, tokenizer, train, valid, batch_size=4)
-    assert script.evaluate(run) == pytest.approx(losses[best], rel=0.01)
+    assert script.evaluate(run)[0] == pytest.approx(losses[best], rel=0.01)
     assert abs(losses[-1] - losses[best]) > 0.02 * losses[best]
     base = load_file(TINY / "model.safetensors")
     for name, tensor in saved.state_dict().items():
@@ -350,7 +350,7 @@ def test_the_best_epoch_is_saved(flags, run_main, tokenizer, data, capsys):
 
 def test_patience_stops_early(flags, run_main, monkeypatch, capsys):
     losses = iter([2.0, 1.7609, 1.7252, 1.7986, 1.9750, 2.0121])
-    monkeypatch.setattr(script, "evaluate", lambda run: next(losses))
+    monkeypatch.setattr(script, "evaluate", lambda run: (next(losses), {}))
     run_main(**{**flags, "epochs": 5, "patience": 2})
     out = capsys.readouterr().out
     assert "No better validation loss for 2 epochs: stopping early." in out
@@ -370,6 +370,6 @@ def test_keeping_the_best_epoch_is_a_second_name_not_a_copy(flags, run_main, mon
 
     monkeypatch.setattr(script, "finish_epoch", watched)
     losses = iter([2.0, 1.8, 1.9])
-    monkeypatch.setattr(script, "evaluate", lambda run: next(losses))
+    monkeypatch.setattr(script, "evaluate", lambda run: (next(losses), {}))
     run_main(**flags)
     assert links == [True, False]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
 from flags import InputError
+from loading import load_model, load_tokenizer
 from scoring import baseline_accuracy, is_correct
 
 
@@ -79,11 +80,11 @@ def test_it_learns_to_see_and_not_only_words(sample, tokenizer):
         other = dict(zip(keys, draw.sample(keys, len(keys)), strict=True))
         run.collate.pictures = {key: valid.pictures[other[key]] for key in keys}
         run.collate.store.load = lambda key, other=other: load(other[key])
-        answers = script.answer(run)
+        _, answers = script.evaluate(run)
         accuracies.append(sum(is_correct(answers[each.place], each.answer) for each in valid.examples) / len(valid))
     del run.collate.store.load
     assert sum(accuracies) / len(accuracies) < baseline + 0.05
-    answers = script.answer(run)
+    _, answers = script.evaluate(run)
     assert script.accuracy(valid, answers) == pytest.approx(accuracy, abs=0.02)
 
 
@@ -191,7 +192,7 @@ def test_another_model_is_named(tmp_path, change, found):
     config = json.loads((TINY / "config.json").read_text()) | change
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=f"not Moondream2 of 2024-08-26.*{found}.*REVISION {script.REVISION}"):
-        script.load_tokenizer(str(tmp_path / "model"), script.REVISION)
+        load_tokenizer(str(tmp_path / "model"), script.REVISION)
 
 
 def test_weights_of_another_shape_or_name_are_named(tmp_path):
@@ -202,18 +203,18 @@ def test_weights_of_another_shape_or_name_are_named(tmp_path):
     renamed = {name.replace("projection", "projector"): tensor for name, tensor in weights.items()}
     save_file(renamed, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="not Moondream2 of 2024-08-26.*lack vision_encoder.projection"):
-        script.load_model(str(tmp_path / "model"), None)
+        load_model(str(tmp_path / "model"), None)
     weights["text_model.lm_head.linear.weight"] = weights["text_model.lm_head.linear.weight"][:, :-1].contiguous()
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="not Moondream2 of 2024-08-26"):
-        script.load_model(str(tmp_path / "model"), None)
+        load_model(str(tmp_path / "model"), None)
 
 
 def test_damaged_weights_are_one_line(tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"half a file")
     with pytest.raises(InputError, match="cannot load .*model: .*header"):
-        script.load_model(str(tmp_path / "model"), None)
+        load_model(str(tmp_path / "model"), None)
 
 
 def test_a_tracker_that_is_not_installed_is_named(run_main, monkeypatch, tmp_path):

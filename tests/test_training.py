@@ -88,9 +88,8 @@ def test_shared_rows_have_the_loss_and_gradient_of_separate_ones(tiny, tokenizer
     tiny.zero_grad()
     collate = collator(tiny, tokenizer, train)
     batch = collate(examples)
-    loss = script.loss_sum(
-        tiny.text_model, batch, script.image_embeds(batch, tiny.vision_encoder, collate.store, "cpu")
-    )
+    embeds = script.image_embeds(batch, tiny.vision_encoder, collate.store, "cpu")
+    loss = script.forward(tiny.text_model, batch, embeds).loss
     loss.backward()
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     for name, parameter in tiny.text_model.named_parameters():
@@ -108,7 +107,7 @@ def test_in_bfloat16_shared_rows_differ_no_more_than_plain_runs_do(tiny, tokeniz
         tiny.zero_grad()
         for batch in batches:
             embeds = script.image_embeds(batch, tiny.vision_encoder, collate.store, "cpu")
-            script.loss_sum(tiny.text_model, batch, embeds).backward()
+            script.forward(tiny.text_model, batch, embeds).loss.backward()
         return torch.cat([p.grad.double().flatten() for p in tiny.text_model.parameters()])
 
     sum(plain_losses(tiny, tokenizer, examples, train.pictures)).backward()
@@ -147,7 +146,7 @@ def test_only_answer_positions_go_through_the_head(tiny, tokenizer, train):
     tiny.text_model.lm_head.linear.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     collate = collator(tiny, tokenizer, train)
     batch = collate([train[0], train[1], train[2]])
-    script.loss_sum(tiny.text_model, batch, script.image_embeds(batch, tiny.vision_encoder, collate.store, "cpu"))
+    script.forward(tiny.text_model, batch, script.image_embeds(batch, tiny.vision_encoder, collate.store, "cpu"))
     tokens = sum(len(train[i].answer_ids) for i in range(3))
     assert seen == [(tokens, tiny.config.text_config.vocab_size)]
 
@@ -198,7 +197,7 @@ def test_validation_loss_is_the_mean_over_answer_tokens_whatever_the_batch(tiny,
     state = torch.get_rng_state()
     for batch_size in (1, 2, 50):
         run = make_run(tiny, tokenizer, train, valid, batch_size=batch_size)
-        assert script.evaluate(run) == pytest.approx(expected, rel=1e-5)
+        assert script.evaluate(run)[0] == pytest.approx(expected, rel=1e-5)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -210,11 +209,21 @@ def test_answers_are_those_of_answer_question(tiny, tokenizer, train, valid):
         expected[example.place] = tiny.answer_question(
             embeds, example.question, tokenizer, max_new_tokens=script.MAX_NEW_TOKENS
         )
-    assert script.answer(run) == expected
+    assert script.evaluate(run)[1] == expected
     run.constants.valid_answers = 3
-    assert script.answer(run).items() <= expected.items() and len(script.answer(run)) == 3
+    _, answers = script.evaluate(run)
+    assert answers.items() <= expected.items() and len(answers) == 3
     run.constants.valid_answers = 0
-    assert script.answer(run) == {} and script.accuracy(valid, {}) is None
+    assert script.evaluate(run)[1] == {} and script.accuracy(valid, {}) is None
+
+
+def test_validation_reads_a_row_once_for_its_loss_and_its_answers(tiny, tokenizer, train, valid):
+    run = make_run(tiny, tokenizer, train, valid, batch_size=1)
+    read = []
+    tiny.text_model.transformer.h[0].register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
+    script.evaluate(run)
+    rows = [tokens for tokens in read if tokens > tiny.config.image_tokens]
+    assert len(rows) == 1 and len(read) > 1  # the three pictures lie in one batch; then token by token
 
 
 def test_what_the_loss_does_not_reach_comes_out_bit_for_bit(tiny, tokenizer, train, valid):
