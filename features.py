@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -32,11 +32,15 @@ class FeatureStore:
         self.shape = tuple(shape)
         self.dtype = vision_encoder.projection["mlp"].fc1.weight.dtype
         self.entry_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
-        self.key = weights_key(vision_encoder)
+        self.key = weights_key(vision_encoder.state_dict())
         self.folder = None if folder is None else Path(folder) / self.key
 
     def path(self, key):
         return self.folder / key[:2] / f"{key}.safetensors"
+
+    @property
+    def encoder(self):
+        return self.folder / "encoder.safetensors"
 
     def __contains__(self, key):
         """Whether an entry of the right size is there; only `load` reads it."""
@@ -63,15 +67,27 @@ class FeatureStore:
             with write_whole(self.path(key)) as path:
                 save_file({"features": features}, path, metadata={"crc32": crc32(features)})
 
+    def keep_encoder(self, vision_encoder):
+        """Writes the encoder's weights beside its features, unless they lie there whole."""
+        with contextlib.suppress(OSError, SafetensorError):
+            if weights_key(load_file(self.encoder)) == self.key:
+                return
+        with write_whole(self.encoder) as path:
+            save_file(vision_encoder.state_dict(), path)
+
+    def set_aside(self, vision_encoder):
+        """Maps the encoder's weights from that file: they take no memory, on no device, until they are asked for."""
+        vision_encoder.load_state_dict(load_file(self.encoder), assign=True)
+
 
 def crc32(tensor):
     return str(zlib.crc32(tensor.view(torch.uint8).numpy()))
 
 
-def weights_key(module):
-    """A name for a module's weights, their type and their shapes."""
+def weights_key(weights):
+    """A name for a state dict: its names, their types and shapes, and what is in them."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -113,9 +129,10 @@ def encode_pictures(pictures, vision_encoder, store, workers=0, share=(0, 1), ch
     chunks = [pictures[i : i + CHUNK] for i in range(0, len(pictures), CHUNK)][share[0] :: share[1]]
     chunks = [chunk for chunk in chunks if any(picture.key not in store for picture in chunk)]
     store.folder.mkdir(parents=True, exist_ok=True)
-    need, free = missing * store.entry_bytes, shutil.disk_usage(store.folder).free
+    weights = 0 if store.encoder.exists() else sum(p.nbytes for p in vision_encoder.parameters())
+    need, free = missing * store.entry_bytes + weights, shutil.disk_usage(store.folder).free
     if show:
-        print(f"Encoding {missing:,} pictures into {store.folder} ({need / 2**30:,.2f} GiB, {free / 2**30:,.1f} free)")
+        print(f"Encoding {missing:,} pictures into {store.folder} ({need / 1e9:,.3f} GB, {free / 1e9:,.1f} free)")
     if need > free:
         if show:
             print("That does not fit: each picture will be encoded whenever it is needed instead.")

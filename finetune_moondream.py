@@ -521,8 +521,11 @@ def keep_features(pictures, model, store, accelerator, stop):
         arguments = list(pictures.values()), model.vision_encoder, store, workers, share_of, stop.check_alone
         is_kept = encode_pictures(*arguments, accelerator.is_main_process)
         accelerator.wait_for_everyone()
-    if is_kept:
-        model.vision_encoder.cpu()  # it has said all it will be asked: 0.8 GiB of a card for the text model
+    if is_kept:  # the encoder has said all it will be asked: 0.8 GiB for the text model
+        if accelerator.is_local_main_process:
+            store.keep_encoder(model.vision_encoder)
+        accelerator.wait_for_everyone()
+        store.set_aside(model.vision_encoder)
     else:
         store.folder = None
 

@@ -181,7 +181,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(flags, run_main, tmp_path,
             assert "Stopped by SIGTERM. The same command goes on from there." in capsys.readouterr().out
             assert_no_model_or_a_whole_one(tmp_path / "out")
             stops += 1
-            StopAt.n = 4 + stops % 3
+            StopAt.n = 2 + stops % 3
     assert stops > 3
     assert "Going on in epoch 2 after step" in capsys.readouterr().out
     assert_same_result(tmp_path / "out", tmp_path / "whole")
