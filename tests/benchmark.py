@@ -32,6 +32,8 @@ from modeling_moondream2 import Moondream, MoondreamConfig
 from pictures import inspect, pixels_of
 
 VALID_SHARE = 0.25  # validation questions for each training question
+# As the sample data's, some of which are seen in tiles: 1, 3, 1, 5, 1, 3, 1 and 1 passes of the vision transformer.
+SIZES = ((640, 480), (512, 768), (320, 240), (800, 600), (360, 480), (512, 768), (400, 300), (480, 360))
 QUESTIONS = ("What does the pedestrian signal show?", "How many people are on the crossing?", "Is a car waiting?")
 ANSWERS = ("The signal is red.", "Two people.", "No, a car is still coming.")
 
@@ -62,8 +64,7 @@ class Examples(list):
             number = i // questions
             path = folder / f"{number}.png"
             if not path.exists():
-                size = (640, 480) if number % 2 else (320, 240)
-                Image.effect_noise(size, 40 + number).convert("RGB").save(path)
+                Image.effect_noise(SIZES[number % len(SIZES)], 40 + number).convert("RGB").save(path)
             picture = inspect(path)
             self.pictures[picture.key] = picture
             k = i % questions
@@ -170,14 +171,17 @@ def timed(function):
 
 
 def flops(config, batch):
-    """Of a forward and a backward pass over a batch's rows: twice as much back as forth, 2 for each multiply-add."""
-    rows, tokens = batch["segments"].shape
-    width = config.hidden_size
-    layer = (
-        tokens * (4 * width**2 + 2 * width * config.intermediate_size) + tokens**2 * width
-    )  # causal: half of 2 n n w
-    head = len(batch["scored"]) * width * config.vocab_size
-    return 6 * (rows * config.num_hidden_layers * layer + head)
+    """Of a forward and a backward pass over a batch's rows: twice as much back as forth, 2 for each multiply-add.
+
+    Counted is what the loss needs: attention to earlier positions, and of the last layer's MLP, its projection and
+    `lm_head` the positions that predict an answer token.
+    """
+    (rows, tokens), scored = batch["segments"].shape, len(batch["scored"])
+    width, inner = config.hidden_size, config.intermediate_size
+    seen = rows * tokens * (3 * width**2 + tokens * width)  # Wqkv and attention: half of two products of n x n
+    behind = width**2 + 2 * width * inner  # out_proj and the MLP
+    layers = config.num_hidden_layers
+    return 6 * (layers * seen + ((layers - 1) * rows * tokens + scored) * behind + scored * width * config.vocab_size)
 
 
 def matmul_rate(width, inner):
@@ -188,10 +192,11 @@ def matmul_rate(width, inner):
 
 
 def compare(arguments, model, tokenizer, questions):
-    """Seconds a question for both sides, round by round, for so many questions a picture."""
+    """Seconds a question of both sides, round by round, for so many questions a picture, and the rates reached."""
+    pictures = arguments.pictures or max(1, arguments.batch_size // questions)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        examples = Examples(folder, tokenizer, arguments.batch_size * arguments.steps, questions)
+        examples = Examples(folder, tokenizer, pictures * questions, questions)
         batches = [examples[i : i + arguments.batch_size] for i in range(0, len(examples), arguments.batch_size)]
         batches = [Batch(batch, examples.pictures) for batch in batches]
         sides = {
@@ -203,29 +208,24 @@ def compare(arguments, model, tokenizer, questions):
         first = {name: side.validate(batches[0]) for name, side in sides.items()}
         assert abs(first["plain"] - first["ours"]) < 0.02 * first["plain"], first
         seconds = {"plain": [], "ours": []}
-        for parameter in model.text_model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
         for _ in range(arguments.rounds):
             for name, side in sides.items():
+                for parameter in model.text_model.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
                 side.start()
                 training, _ = timed(lambda side=side: [side.train(batch) for batch in batches])
                 side.stop()
                 validating, _ = timed(lambda side=side: [side.validate(batch) for batch in batches])
                 total = training + VALID_SHARE * validating + (encoding if name == "ours" else 0)
                 seconds[name].append(total / len(examples))
-                print(f"  {questions} a picture, {name}: {seconds[name][-1]:.3f} s a question", flush=True)
-                for parameter in model.text_model.parameters():
-                    parameter.grad = torch.zeros_like(parameter)
-        model.zero_grad()
-        rate = flops_rate = None
-        if questions == 4:
-            spent, operations = sides["ours"].forward_backward(batches[0])
-            rate, flops_rate = (
-                operations / spent,
-                matmul_rate(model.config.text_config.hidden_size, model.config.text_config.intermediate_size),
-            )
+                print(
+                    f"{questions} a picture, {name}: {seconds[name][-1]:.3f} s a question", file=sys.stderr, flush=True
+                )
+        spent, operations = sides["ours"].forward_backward(batches[0])
+        text = model.config.text_config
+        rates = operations / spent, matmul_rate(text.hidden_size, text.intermediate_size)
         tokens = sum(len(e.prompt_ids) + len(e.answer_ids) + 1 + model.config.image_tokens for e in examples)
-        return seconds, tokens / len(examples), (rate, flops_rate)
+        return seconds, tokens / len(examples), rates
 
 
 class Batch(list):
@@ -253,6 +253,8 @@ def measure_peak(arguments):
         else:
             side = Ours(model, tokenizer, examples, Path(folder) / "features", arguments.batch_size)
             side.encode(examples)
+            side.run.store.keep_encoder(model.vision_encoder)
+            side.run.store.set_aside(model.vision_encoder)
             if arguments.gradient_checkpointing:
                 model.activation_checkpointing_enable()
         side.start()
@@ -289,7 +291,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--memory_batch_size", type=int, default=2, help="for the peak memory: the script's default")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="for this project's peak memory")
-    parser.add_argument("--steps", type=int, default=1, help="batches in a turn")
+    parser.add_argument("--pictures", type=int, help="in a turn; default: as many as fill a batch")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
     parser.add_argument(
         "--lines", type=int, nargs="*", help="instead: whole runs on the small checkpoint, so many lines"
@@ -305,20 +307,29 @@ def main():
             print(f"{count:>8} {epoch:>9.1f} {1000 * epoch / count:>10.1f} {rest:>12.1f} {gib:>9.2f}", flush=True)
         return None
 
+    result, shares = {}, []
+
+    def row(*cells):
+        print(
+            "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, (19, 14, 14, 15, 22), strict=True)), flush=True
+        )
+
     peaks = {side: peak(arguments, side) for side in ("plain", "ours")}
     model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(TINY)
-    result = {}
-    print(f"{'questions a picture':>20} {'plain s/question':>17} {'ours s/question':>16} {'plain tokens/s':>15} ratio")
+    row("questions a picture", "s a question", "tokens/s", "ratio (spread)", "GFLOP/s, of a matmul's")
     for questions in arguments.questions_per_picture:
-        seconds, tokens, (rate, best_rate) = compare(arguments, model, tokenizer, questions)
-        ratios = [a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True)]
+        seconds, tokens, (rate, matmul) = compare(arguments, model, tokenizer, questions)
         plain, ours = (statistics.median(seconds[name]) for name in ("plain", "ours"))
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"{questions:>20} {plain:>17.3f} {ours:>16.3f} {tokens / plain:>15.0f} {plain / ours:.2f} ({spread})")
+        ratios = [a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True)]
+        row(f"{questions}, plain", f"{plain:.3f}", f"{tokens / plain:.0f}", "", "")
+        rates = f"{rate / 1e9:.0f} of {matmul / 1e9:.0f}"
+        row(f"{questions}, ours", f"{ours:.3f}", f"{tokens / ours:.0f}", f"{statistics.median(ratios):.2f}", rates)
+        row("", "", "", f"({min(ratios):.2f} to {max(ratios):.2f})", "")
         result[f"ratio_{questions}_question{'s' if questions > 1 else ''}"] = round(statistics.median(ratios), 3)
-        if rate:
-            print(f"{'':>20} text model forward and backward: {rate / 1e9:.0f} of {best_rate / 1e9:.0f} GFLOP/s")
-            result["share_of_matmul_rate"] = round(rate / best_rate, 3)
+        shares.append(rate / matmul)
+    peak_of = ", ".join(f"{gib:.2f} {side}" for side, gib in peaks.items())
+    print(f"Peak memory in GiB at BATCH_SIZE {arguments.memory_batch_size}: {peak_of}")
+    result["share_of_matmul_rate"] = round(min(shares), 3)
     result |= {f"peak_gib_{side}": round(gib, 2) for side, gib in peaks.items()}
     print(json.dumps(result))
     return None
