@@ -224,6 +224,13 @@ class Checkpoints:
             remove(aside)
 
 
+def refuse_finished(output_dir, overwrite):
+    """Raises InputError where the folder holds a finished model that may not be replaced."""
+    is_finished = (output_dir / "config.json").exists() and not Checkpoints(output_dir).newest()
+    if is_finished and not overwrite:
+        raise InputError(f"{output_dir} holds a finished model: give another OUTPUT_DIR or --overwrite true")
+
+
 def link(source, target):
     """A second name for a file; a copy where the file system has no such thing."""
     try:

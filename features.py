@@ -6,6 +6,7 @@ weights. So the next run starts at once, a changed picture or model is encoded a
 
 import contextlib
 import hashlib
+import os
 import shutil
 import zlib
 from pathlib import Path
@@ -147,3 +148,24 @@ def encode_pictures(pictures, vision_encoder, store, workers=0, share=(0, 1), ch
                 if picture.key not in store:
                     store.save(picture.key, each)
     return True
+
+
+def keep_features(pictures, vision_encoder, store, accelerator, workers, check_stop):
+    """Encodes all pictures, shared out among the processes; where they can't be stored each is encoded when needed.
+
+    Once they are stored the encoder has said all that it will be asked, and leaves memory to the text model.
+    """
+    workers = workers if accelerator.device.type == "cuda" else 0
+    everyone = accelerator.process_index, accelerator.num_processes
+    this_machine = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for share in (everyone, this_machine):  # the second finds nothing to do, unless machines don't share the folder
+        show = accelerator.is_main_process
+        is_kept = encode_pictures(pictures, vision_encoder, store, workers, share, check_stop, show)
+        accelerator.wait_for_everyone()
+    if not is_kept:
+        store.folder = None
+        return
+    if accelerator.is_local_main_process:
+        store.keep_encoder(vision_encoder)
+    accelerator.wait_for_everyone()
+    store.set_aside(vision_encoder)

@@ -7,7 +7,6 @@ A run in the order of this file: data, model, loss and answers, training, saving
 import importlib.util
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -35,13 +34,14 @@ from checkpoints import (
     Stop,
     move_into,
     only_run_in,
+    refuse_finished,
     resume_or_start,
     settings_of,
     write_text,
     write_whole,
 )
 from data_summary import format_table, summarize
-from features import FeatureStore, encode_pictures
+from features import FeatureStore, keep_features
 from flags import InputError
 from jsonl import read_lines
 from loading import load_model, load_tokenizer
@@ -265,9 +265,8 @@ def accuracy(dataset, answers):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Run:
-    """Everything that a run holds, from its first step to its saved model."""
+    """Everything that a run holds, from its first step to its saved model; `prepare` puts it together."""
 
     constants: SimpleNamespace
     accelerator: Accelerator
@@ -276,6 +275,7 @@ class Run:
     train: VQADataset
     valid: VQADataset
     data: dict  # their summary
+    room: int  # tokens that fit behind a picture
     model: Moondream
     text_model: torch.nn.Module  # the model's, as accelerate wraps it
     tokenizer: PreTrainedTokenizerBase
@@ -286,7 +286,9 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     checkpoints: Checkpoints
     progress: Progress
-    room: int  # tokens that fit behind a picture
+
+    def __init__(self, **parts):
+        vars(self).update(parts)
 
     @property
     def device(self):
@@ -512,32 +514,15 @@ def read_data(constants, tokenizer, room):
     return train, valid, data
 
 
-def keep_features(pictures, model, store, accelerator, stop):
-    """Encodes all pictures into the store; where that can't be, each will be encoded whenever it is needed."""
-    workers = WORKERS if accelerator.device.type == "cuda" else 0
-    everyone = accelerator.process_index, accelerator.num_processes
-    this_machine = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    for share_of in (everyone, this_machine):  # the second finds nothing to do, unless machines don't share the folder
-        arguments = list(pictures.values()), model.vision_encoder, store, workers, share_of, stop.check_alone
-        is_kept = encode_pictures(*arguments, accelerator.is_main_process)
-        accelerator.wait_for_everyone()
-    if is_kept:  # the encoder has said all it will be asked: 0.8 GiB for the text model
-        if accelerator.is_local_main_process:
-            store.keep_encoder(model.vision_encoder)
-        accelerator.wait_for_everyone()
-        store.set_aside(model.vision_encoder)
-    else:
-        store.folder = None
-
-
 def prepare(constants, accelerator, stop):
     """All that a run needs before its first step: data, model, features, optimizer, and where it stands."""
+    run = Run(constants=constants, accelerator=accelerator, stop=stop, output_dir=Path(constants.output_dir))
     with accelerator.main_process_first():
-        config, tokenizer = load_tokenizer(constants.model_id, constants.revision)
-    room = config.text_config.max_position_embeddings - 1 - config.image_tokens
-    train, valid, data = from_main(accelerator, read_data, constants, tokenizer, room)
+        config, run.tokenizer = load_tokenizer(constants.model_id, constants.revision)
+    run.room = config.text_config.max_position_embeddings - 1 - config.image_tokens
+    run.train, run.valid, run.data = from_main(accelerator, read_data, constants, run.tokenizer, run.room)
     with accelerator.main_process_first():
-        model = load_model(constants.model_id, constants.revision)
+        run.model = model = load_model(constants.model_id, constants.revision)
     model.vision_encoder.requires_grad_(False)
     print_parameters(model)
     model.to(accelerator.device)
@@ -545,48 +530,24 @@ def prepare(constants, accelerator, stop):
         model.activation_checkpointing_enable()
 
     shape = (config.image_tokens, config.text_config.hidden_size)
-    store = FeatureStore(constants.features_dir, model.vision_encoder, shape)
-    checkpoints = Checkpoints(Path(constants.output_dir))
-    settings = settings_of(constants, MAY_CHANGE, train, valid, store.key)
+    run.store = FeatureStore(constants.features_dir, model.vision_encoder, shape)
+    run.checkpoints = Checkpoints(run.output_dir)
+    settings = settings_of(constants, MAY_CHANGE, run.train, run.valid, run.store.key)
     step_size = constants.batch_size * constants.grad_accum_steps * accelerator.num_processes
-    start = checkpoints, settings, step_size, constants.overwrite
-    progress = from_main(accelerator, resume_or_start, *start)
-    pictures = train.pictures | valid.pictures
-    keep_features(pictures, model, store, accelerator, stop)
-    order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
-    sampler = StepSampler(train, *order, accelerator.process_index, accelerator.num_processes)
+    run.progress = from_main(accelerator, resume_or_start, run.checkpoints, settings, step_size, constants.overwrite)
+    pictures = run.train.pictures | run.valid.pictures
+    keep_features(list(pictures.values()), model.vision_encoder, run.store, accelerator, WORKERS, stop.check_alone)
+    run.collate = Collator(model, run.tokenizer, run.store, pictures)
+
+    order = run.progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
+    run.sampler = StepSampler(run.train, *order, accelerator.process_index, accelerator.num_processes)
+    print_batch(run.sampler, constants.batch_size)
     optimizer = build_optimizer(model.text_model, constants.learning_rate, constants.weight_decay, constants.betas)
-    steps = constants.epochs * sampler.steps
-    scheduler = build_scheduler(optimizer, constants.lr_schedule, constants.warmup_steps, steps)
-    text_model, optimizer = accelerator.prepare(model.text_model, optimizer)
-    checkpoints.load(accelerator, text_model, optimizer, scheduler)
-    print_batch(sampler, constants.batch_size)
-    return Run(
-        constants=constants,
-        accelerator=accelerator,
-        stop=stop,
-        output_dir=Path(constants.output_dir),
-        train=train,
-        valid=valid,
-        data=data,
-        model=model,
-        text_model=text_model,
-        tokenizer=tokenizer,
-        store=store,
-        collate=Collator(model, tokenizer, store, pictures),
-        sampler=sampler,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        checkpoints=checkpoints,
-        progress=progress,
-        room=room,
-    )
-
-
-def refuse_finished(output_dir, overwrite):
-    is_finished = (output_dir / "config.json").exists() and not Checkpoints(output_dir).newest()
-    if is_finished and not overwrite:
-        raise InputError(f"{output_dir} holds a finished model: give another OUTPUT_DIR or --overwrite true")
+    steps = constants.epochs * run.sampler.steps
+    run.scheduler = build_scheduler(optimizer, constants.lr_schedule, constants.warmup_steps, steps)
+    run.text_model, run.optimizer = accelerator.prepare(model.text_model, optimizer)
+    run.checkpoints.load(accelerator, run.text_model, run.optimizer, run.scheduler)
+    return run
 
 
 def print_batch(sampler, batch_size):

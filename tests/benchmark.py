@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune_moondream as script
-from features import FeatureStore
+from features import FeatureStore, encode_pictures
 from modeling_moondream2 import Moondream, MoondreamConfig
 from pictures import inspect, pixels_of
 
@@ -146,7 +146,7 @@ class Ours:
         self.run.optimizer = None
 
     def encode(self, examples):
-        script.encode_pictures(list(examples.pictures.values()), self.model.vision_encoder, self.run.store, show=False)
+        encode_pictures(list(examples.pictures.values()), self.model.vision_encoder, self.run.store, show=False)
 
     def train(self, examples):
         self.model.train()

@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, make_run, run_python
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
+import loading
 from flags import InputError
 from loading import load_model, load_tokenizer
 from scoring import baseline_accuracy, is_correct
@@ -208,6 +209,10 @@ def test_weights_of_another_shape_or_name_are_named(tmp_path):
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="not Moondream2 of 2024-08-26"):
         load_model(str(tmp_path / "model"), None)
+
+
+def test_the_release_that_is_named_is_the_one_that_is_trained():
+    assert (loading.HUB_ID, loading.HUB_REVISION) == (script.MODEL_ID, script.REVISION)
 
 
 def test_damaged_weights_are_one_line(tmp_path):
