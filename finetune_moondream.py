@@ -237,7 +237,7 @@ def answer(run, batch, out, asked):
     """Greedy answers to those of a batch's examples that are asked, going on from the pass that gave their loss."""
     rows, scored = batch["examples"], batch["scored"]
     examples = [example for row in rows for example in row]
-    first = scored.diff(prepend=scored[:1] - 2) > 1  # of the positions that predict an answer
+    first = scored.diff(prepend=scored[:1] - 2) > 1  # of what predicts an answer: a prompt lies between two answers
 
     def in_rows(values, padding=0):
         return pad_sequence(values.split([len(row) for row in rows]), True, padding).to(run.device)
@@ -332,7 +332,7 @@ def train_step(run, batches):
     not finite, nothing is updated.
     """
     accelerator, model = run.accelerator, run.text_model
-    tokens = torch.tensor(float(sum(len(batch["scored"]) for batch in batches)), device=run.device)
+    tokens = torch.tensor(float(sum(len(batch["scored"]) for batch in batches))).to(run.device, non_blocking=True)
     tokens, losses = accelerator.reduce(tokens), []
     divisor = tokens.clamp(min=1) / accelerator.num_processes  # for gradients are averaged over processes
     for batch in batches:

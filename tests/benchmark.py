@@ -128,7 +128,7 @@ class Ours:
 
     def __init__(self, model, tokenizer, examples, folder, batch_size):
         self.model = model
-        self.run = make_run(model, tokenizer, examples, examples, batch_size=batch_size)
+        self.run = make_run(model, tokenizer, examples, examples, batch_size=batch_size, valid_answers=0)
         shape = (model.config.image_tokens, model.config.text_config.hidden_size)
         self.run.store = self.run.collate.store = FeatureStore(folder, model.vision_encoder, shape)
         self.run.optimizer = None
