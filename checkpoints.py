@@ -207,7 +207,10 @@ class Checkpoints:
         scheduler.load_state_dict(from_main(accelerator, lambda: state["scheduler"]))
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
         set_model_state_dict(model, weights, options=options)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+        if accelerator.num_processes == 1 and not accelerator.is_fsdp2:
+            optimizer.load_state_dict(state["optimizer"])  # the other way holds a second state on the device meanwhile
+        else:
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
 
     def progress(self):
         """The progress that the newest checkpoint holds, as a dictionary; None without one."""

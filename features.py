@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import write_whole
+from flags import InputError
 from pictures import PictureError, pixels_of
 
 CHUNK = 8  # pictures that go through the encoder together; fixed, so that a resumed pass computes the same bits
@@ -68,11 +69,13 @@ class FeatureStore:
             with write_whole(self.path(key)) as path:
                 save_file({"features": features}, path, metadata={"crc32": crc32(features)})
 
-    def keep_encoder(self, vision_encoder):
-        """Writes the encoder's weights beside its features, unless they lie there whole."""
+    def has_encoder(self):
+        """Whether the encoder's weights lie whole beside its features."""
         with contextlib.suppress(OSError, SafetensorError):
-            if weights_key(load_file(self.encoder)) == self.key:
-                return
+            return weights_key(load_file(self.encoder)) == self.key
+        return False
+
+    def keep_encoder(self, vision_encoder):
         with write_whole(self.encoder) as path:
             save_file(vision_encoder.state_dict(), path)
 
@@ -162,10 +165,13 @@ def keep_features(pictures, vision_encoder, store, accelerator, workers, check_s
         show = accelerator.is_main_process
         is_kept = encode_pictures(pictures, vision_encoder, store, workers, share, check_stop, show)
         accelerator.wait_for_everyone()
+    if is_kept and accelerator.is_local_main_process and not store.has_encoder():
+        try:
+            store.keep_encoder(vision_encoder)
+        except InputError as error:
+            print(f"{error}: the vision encoder stays in memory")
+    accelerator.wait_for_everyone()
     if not is_kept:
         store.folder = None
-        return
-    if accelerator.is_local_main_process:
-        store.keep_encoder(vision_encoder)
-    accelerator.wait_for_everyone()
-    store.set_aside(vision_encoder)
+    elif store.has_encoder():
+        store.set_aside(vision_encoder)

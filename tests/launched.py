@@ -39,10 +39,15 @@ def noting():
     script.load_model, script.train_step = load, step
 
 
-def in_float32():
-    """Notes, and trains in float32, in which equalities can be tested as such."""
+def in_bfloat16():
+    """Notes, and trains as a user's run does."""
     torch.set_num_threads(1)
     noting()
+
+
+def in_float32():
+    """Notes, and trains in float32, in which equalities can be tested as such."""
+    in_bfloat16()
     load_model = script.load_model
     script.load_model = lambda *arguments: load_model(*arguments).float()
 
@@ -53,8 +58,17 @@ def count(**more):
 
 
 def sharded():
-    """FSDP of `fsdp.yaml`. On CPU processes accelerate gives DDP whatever is asked for, so its mind is changed here."""
     in_float32()
+    shard()
+
+
+def sharded_in_bfloat16():
+    in_bfloat16()
+    shard()
+
+
+def shard():
+    """FSDP of `fsdp.yaml`. On CPU processes accelerate gives DDP whatever is asked for, so its mind is changed here."""
     accelerator_class = processes.Accelerator
 
     def accelerator(**arguments):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import checkpoints
 import finetune_moondream as script
+import optimizer
 from checkpoints import Interrupted, Stop, move_into, only_run_in, write_text, write_whole
 from flags import InputError
 
@@ -185,6 +186,26 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(flags, run_main, tmp_path,
     assert stops > 3
     assert "Going on in epoch 2 after step" in capsys.readouterr().out
     assert_same_result(tmp_path / "out", tmp_path / "whole")
+
+
+def test_going_on_makes_no_second_state_of_the_optimizer(flags, run_main, monkeypatch):
+    """One way to load it first makes one by a step: on a full card there is no room for both."""
+    monkeypatch.setattr(script, "Stop", StopAt)
+    StopAt.n = 4
+    with pytest.raises(SystemExit):
+        run_main(**flags)
+    steps, load = [], script.Checkpoints.load
+    step = optimizer.AdamW.step
+    monkeypatch.setattr(optimizer.AdamW, "step", lambda self, closure=None: (steps.append(1), step(self)))
+
+    def loaded(*arguments):
+        load(*arguments)
+        assert not steps
+
+    monkeypatch.setattr(script.Checkpoints, "load", loaded)
+    StopAt.n = 1000
+    run_main(**flags)
+    assert steps
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

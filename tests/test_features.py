@@ -1,14 +1,17 @@
 """The feature store: each picture encoded once, nothing damaged ever used, nothing lost when killed."""
 
 import copy
+import errno
 import json
+import os
 import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import dataset, draw_picture, make_run
+from conftest import TINY, dataset, draw_picture, make_run
+from safetensors.torch import save_file
 
 import features
 import finetune_moondream as script
@@ -133,12 +136,12 @@ def test_the_encoder_set_aside_is_the_same_and_lies_on_disk(tiny, train, store, 
     in_memory = weakref.ref(tiny.vision_encoder.projection.mlp.fc1.weight)
     picture = next(iter(train.pictures.values()))
     encode_pictures([picture], tiny.vision_encoder, store, show=False)
+    assert not store.has_encoder()
     store.keep_encoder(tiny.vision_encoder)
+    assert store.has_encoder()
     damage(store.encoder, "flipped")
+    assert not store.has_encoder()
     store.keep_encoder(tiny.vision_encoder)
-    written = store.encoder.stat().st_mtime_ns
-    store.keep_encoder(tiny.vision_encoder)
-    assert store.encoder.stat().st_mtime_ns == written
     store.set_aside(tiny.vision_encoder)
     for name, tensor in tiny.vision_encoder.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
@@ -186,6 +189,30 @@ def test_a_picture_that_breaks_in_the_run_is_named_and_left_out(data, tiny, toke
     assert run.progress.tokens == sum(len(example.answer_ids) for example in train.examples[5:])
 
 
+def is_mapped():
+    return "/encoder.safetensors" in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("how", ["kept", "full disk", "none"])
+def test_a_run_trains_without_its_encoder_in_memory(data, run_main, tmp_path, monkeypatch, capsys, how):
+    mapped, train_epoch = [], script.train_epoch
+    monkeypatch.setattr(script, "train_epoch", lambda run: (mapped.append(is_mapped()), train_epoch(run)))
+    if how == "full disk":
+        monkeypatch.setattr(features, "save_file", save_unless_large)
+    folder = "none" if how == "none" else tmp_path / "features"
+    flags = {"model_id": TINY, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl"}
+    run_main(**flags, features_dir=folder, output_dir=tmp_path / "out", epochs=1, batch_size=8, valid_answers=2)
+    assert mapped == [how == "kept"]
+    said = "encoder.safetensors: No space left on device: the vision encoder stays in memory"
+    assert (said in capsys.readouterr().out) == (how == "full disk")
+
+
+def save_unless_large(weights, path, **more):
+    if len(weights) > 1:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    save_file(weights, path, **more)
+
+
 def test_a_run_encodes_each_picture_once(data, run_main, tmp_path, monkeypatch):
     calls = []
     load = script.load_model
@@ -197,7 +224,7 @@ def test_a_run_encodes_each_picture_once(data, run_main, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "load_model", load_and_count)
     flags = {
-        "model_id": Path(__file__).parent / "tiny_moondream2",
+        "model_id": TINY,
         "train_file": data / "train.jsonl",
         "valid_file": data / "valid.jsonl",
         "features_dir": tmp_path / "features",
