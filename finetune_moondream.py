@@ -79,6 +79,7 @@ TRACKER: str | None = None  # "tensorboard", "wandb", "trackio": where losses go
 SEED: int = 0  # of the order in which examples are drawn
 
 MAY_BE_ZERO = ("WARMUP_STEPS", "WEIGHT_DECAY", "VALID_ANSWERS", "SEED")
+BELOW_ONE = ("BETAS",)
 CHOICES = {"LR_SCHEDULE": ("constant", "linear", "cosine"), "TRACKER": ("tensorboard", "wandb", "trackio")}
 MAY_CHANGE = ("EPOCHS", "OUTPUT_DIR", "FEATURES_DIR", "PATIENCE", "CHECKPOINT_STEPS", "OVERWRITE", "TRACKER")
 MAX_NEW_TOKENS = 64  # an answer that is longer is cut off
@@ -556,7 +557,7 @@ def print_batch(sampler, batch_size):
 
 
 def main():
-    constants = flags.parse(globals(), sys.argv[1:], MAY_BE_ZERO, CHOICES)
+    constants = flags.parse(globals(), sys.argv[1:], MAY_BE_ZERO, BELOW_ONE, CHOICES)
     output_dir = Path(constants.output_dir)
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="PIL")  # of files that are read all the same; broken ones are named

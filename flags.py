@@ -24,13 +24,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parse(module, argv, may_be_zero=(), choices=None):
+def parse(module, argv, may_be_zero=(), below_one=(), choices=None):
     """The constants of a module's namespace, overridden by the flags in `argv`, as attributes in lower case.
 
     Args:
         module: the script's `globals()`.
         argv: the command line's words.
         may_be_zero: names of the numbers that may be 0; all others are more than that.
+        below_one: names of the numbers that are less than 1.
         choices: {name: the values that it may have}.
     Raises:
         InputError: an unknown flag, or a value that is not of the constant's type or range, in `argv` or in the block.
@@ -59,7 +60,8 @@ def parse(module, argv, may_be_zero=(), choices=None):
         value = getattr(arguments, name.lower())
         if f"--{name.lower()}" in given:
             value = from_text(name, value, kind)
-        check(name, value, kind, name in may_be_zero, (choices or {}).get(name))
+        limit = 1 if name in below_one else math.inf
+        check(name, value, kind, name in may_be_zero, limit, (choices or {}).get(name))
         values[name.lower()] = value
     return SimpleNamespace(**values)
 
@@ -90,8 +92,8 @@ def from_text(name, text, kind):
         return text  # of the wrong type, which check() says
 
 
-def check(name, value, kind, may_be_zero, choices):
-    """Raises InputError unless `value` is of the annotated type, finite, in range, and one of the choices."""
+def check(name, value, kind, may_be_zero, limit, choices):
+    """Raises InputError unless `value` is of the annotated type, in range, under `limit`, and one of the choices."""
     kinds = get_args(kind) if NoneType in get_args(kind) else (kind,)
     if value is None and NoneType in kinds:
         return
@@ -107,8 +109,10 @@ def check(name, value, kind, may_be_zero, choices):
         accepted = (int, float) if part_kind is float else part_kind
         if not isinstance(part, accepted) or (is_number and isinstance(part, bool)):
             raise InputError(f"{name} must be {wanted}, not {value!r}")
-        if is_number and not (math.isfinite(part) and (part > 0 or (may_be_zero and part == 0))):
-            raise InputError(f"{name} must be {wanted}, {'0 or more' if may_be_zero else 'more than 0'}, not {value!r}")
+        if is_number and not (part < limit and (part > 0 or (may_be_zero and part == 0))):
+            scope = "0 or more" if may_be_zero else "more than 0"
+            scope += f" and less than {limit}" if limit < math.inf else ""
+            raise InputError(f"{name} must be {wanted}, {scope}, not {value!r}")
         if part_kind is str and not part.strip():
             raise InputError(f"{name} must not be empty")
     if choices and value not in choices:

@@ -140,7 +140,7 @@ class Ours:
         )
         optimizer.step()
         optimizer.zero_grad()
-        self.run.optimizer = optimizer
+        self.run.optimizer, self.run.scheduler = optimizer, script.build_scheduler(optimizer, "constant", 0, 1)
 
     def stop(self):
         self.run.optimizer = None

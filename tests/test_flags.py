@@ -17,7 +17,7 @@ NUMBERS = [
 
 
 def parse(*argv, **constants):
-    return flags.parse({**vars(script), **constants}, argv, script.MAY_BE_ZERO, script.CHOICES)
+    return flags.parse({**vars(script), **constants}, argv, script.MAY_BE_ZERO, script.BELOW_ONE, script.CHOICES)
 
 
 def test_without_flags_the_constants_hold():
@@ -65,6 +65,12 @@ def test_an_unusable_constant_in_the_block_is_named(name):
             continue
         with pytest.raises(InputError, match=f"^{name} must"):
             parse(**{name: value})
+
+
+@pytest.mark.parametrize("betas", ["1,0.9", "0.9,1.0"])
+def test_a_mean_that_forgets_nothing_is_refused(betas):
+    with pytest.raises(InputError, match="^BETAS must be two numbers, more than 0 and less than 1, not"):
+        parse("--betas", betas)
 
 
 def test_true_is_no_number():
