@@ -55,13 +55,19 @@ class AdamW(Optimizer):
             correction1, correction2 = (1 - beta ** group["step"] for beta in (beta1, beta2))
             offset = group["step"] * GOLDEN % 1
             numbers = torch.tensor([1 - decay, lr / correction1, 1 / math.sqrt(correction2), offset])
+            vectors = []
             for p in group["params"]:
                 if p.grad is not None:
                     state = self.state_of(p)
                     tensors = p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("low")
                     tensors = [local(each) for each in tensors if each is not None]
                     numbers = numbers.to(tensors[0].device, non_blocking=True)
-                    apply(tensors, numbers, beta1, beta2, group["eps"])
+                    if p.dim() > 1:
+                        apply(tensors, numbers, beta1, beta2, group["eps"])
+                    else:
+                        vectors.append(tensors)
+            if vectors:
+                apply_together(vectors, numbers, beta1, beta2, group["eps"])
 
     def state_of(self, p):
         state = self.state[p]
@@ -95,6 +101,16 @@ def apply(tensors, *numbers):
         function(*parts, numbers=numbers)
 
 
+def apply_together(vectors, *numbers):
+    """`apply` on many small ones as on one: calling a GPU for each would take longer than its work."""
+    columns = list(zip(*vectors, strict=True))
+    whole = [torch.cat(column) for column in columns]
+    apply(whole, *numbers)
+    sizes = [len(each) for each in columns[0]]
+    for column, each in zip(columns, whole, strict=True):
+        torch._foreach_copy_(column, each.split(sizes))
+
+
 @cache
 def fused():
     """`update` compiled into one kernel; where there is no C compiler to do that it runs as it stands, and slower."""
@@ -112,8 +128,8 @@ def update(weight, grad, mean, square, low=None, *, numbers):
     is_narrow, most = mean.dtype == torch.int8, largest_ratio(beta1, beta2)
     mean32 = (widen(mean, square32.sqrt(), most) if is_narrow else mean.float()).lerp_(grad, 1 - beta1)
     square32.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    square.copy_(square32)
     root = square32.sqrt().add_(1e-30)
+    square.copy_(square32 if low is None else to_bfloat16(square32, offset))
     mean.copy_(narrow(mean32, root, most, offset) if is_narrow else mean32)
     whole.mul_(keep).sub_(root.mul_(correction).add_(eps).reciprocal_().mul_(mean32).mul_(rate))
     if low is not None:
@@ -134,6 +150,13 @@ def narrow(mean, root, most, offset):
     """
     size = mean.abs().div_(root).mul_(127**2 / most).sqrt_().add_(offset).clamp_(max=127)
     return size.copysign_(mean)
+
+
+def to_bfloat16(square, offset):
+    """The mean of squares, rounded up if what is cut off and `offset` reach 1, as in `narrow`: else it would stand still
+    long before it has come near new gradients' squares."""
+    bits = square.view(torch.int32) + (offset * 2**16).int()
+    return bits.bitwise_and_(-1 << 16).view(torch.float32)
 
 
 def widen(narrowed, root, most):

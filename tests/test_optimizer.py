@@ -36,7 +36,7 @@ def parameters(dtype, *shapes):
 
 
 def test_in_float32_it_is_torchs_adamw():
-    ours, theirs = (parameters(torch.float32, (30, 40), (50,)) for _ in range(2))
+    ours, theirs = (parameters(torch.float32, (30, 40), (50,), (7,)) for _ in range(2))
     settings = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
     steps(AdamW(ours, **settings), ours, 20)
     steps(torch.optim.AdamW(theirs, eps=1e-8, **settings), theirs, 20)
@@ -56,7 +56,8 @@ def test_all_sixteen_bits_behind_a_weight_make_it_float32():
         square32 = square.float().mul(0.99).addcmul(grad, grad, value=1 - 0.99)
         rate, correction = torch.tensor([3e-5 / (1 - 0.9**k), 1 / math.sqrt(1 - 0.99**k)])
         master = master - (square32.sqrt() * correction + 1e-8).reciprocal() * mean32 * rate
-        mean, square = mean32.bfloat16(), square32.bfloat16()
+        bits = square32.view(torch.int32) + int(k * GOLDEN % 1 * 2**16)
+        mean, square = mean32.bfloat16(), (bits >> 16 << 16).view(torch.float32).bfloat16()
         assert torch.equal(join(p.detach(), optimizer.state[p]["low"]), master)
     assert torch.equal(p.detach(), master.bfloat16())
 
@@ -115,6 +116,20 @@ def test_no_gradients_bring_the_mean_beyond_what_eight_bits_hold(betas):
     assert 0.99 < mean / math.sqrt(square) / largest_ratio(beta1, beta2) <= 1
 
 
+@pytest.mark.parametrize("share", [1.0, 0.05])
+def test_the_mean_of_squares_follows_its_gradients(share):
+    """In bfloat16 too, though a step changes it by less than bfloat16 shows; `share` of the steps have a gradient."""
+    (p,) = parameters(torch.bfloat16, (40, 50))
+    optimizer = AdamW([p], 1e-5, (0.9, 0.999), 0.0)
+    exact, generator, ratios = torch.zeros(40, 50), torch.Generator().manual_seed(0), []
+    for _ in range(1500):
+        p.grad = (1e-4 * (torch.rand(40, 50, generator=generator) <= share)).bfloat16()
+        optimizer.step()
+        exact = 0.999 * exact + 0.001 * p.grad.float() ** 2
+        ratios.append((optimizer.state[p]["exp_avg_sq"].float().mean() / exact.mean()).item())
+    assert sum(ratios[500:]) / 1000 == pytest.approx(1, abs=0.01)
+
+
 def test_after_its_last_gradient_a_matrix_comes_to_rest():
     """As far from where it was as in float32, though its mean has 8 bits: rare words' embeddings see few gradients."""
     (ours,), (exact,) = (parameters(dtype, (60, 70)) for dtype in (torch.bfloat16, torch.float32))
@@ -131,7 +146,7 @@ def test_after_its_last_gradient_a_matrix_comes_to_rest():
 
 
 def test_parts_are_updated_as_a_whole_is(monkeypatch):
-    one, several = parameters(torch.bfloat16, (30, 40), (50,)), parameters(torch.bfloat16, (30, 40), (50,))
+    one, several = (parameters(torch.bfloat16, (30, 40), (50,), (7,)) for _ in range(2))
     steps(AdamW(one, 1e-3, (0.9, 0.99), 0.1), one, 3)
     monkeypatch.setattr(module, "CPU_PART", 77)
     steps(AdamW(several, 1e-3, (0.9, 0.99), 0.1), several, 3)
