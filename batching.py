@@ -2,7 +2,7 @@
 
 import random
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
 from torch.nn import functional as F
@@ -25,6 +25,20 @@ def by_picture(dataset, numbers):
     return groups
 
 
+def rows_of(dataset, numbers, tokens):
+    """The examples `numbers` as rows, one a picture, or several where its examples have more than `tokens` tokens."""
+    rows = []
+    for group in by_picture(dataset, numbers).values():
+        length = tokens + 1
+        for i in group:
+            length += text_tokens(dataset[i])
+            if length > tokens:
+                rows.append([])
+                length = text_tokens(dataset[i])
+            rows[-1].append(i)
+    return rows
+
+
 class StepSampler:
     """The micro-batches of one process, as lists of example numbers: each example once an epoch.
 
@@ -35,6 +49,8 @@ class StepSampler:
     def __init__(self, dataset, step_size, batch_size, group_by_picture, seed, rank=0, processes=1):
         self.dataset, self.step_size, self.group_by_picture, self.seed = dataset, step_size, group_by_picture, seed
         self.rank, self.processes = rank, processes
+        # A row takes no more positions than BATCH_SIZE pictures with a question each.
+        self.row_tokens = batch_size * (PREFIX + max(map(text_tokens, dataset))) - PREFIX
         self.accum = -(-step_size // (batch_size * processes))
         self.steps = -(-len(dataset) // step_size)
         self.epoch, self.first_step = 0, 0  # set before each epoch
@@ -70,13 +86,13 @@ class StepSampler:
         return [i for group in groups for i in group]
 
     def cut(self, numbers):
-        """A step's rows, one a picture, as micro-batches for all processes, from the least work to the most.
+        """A step's rows, as micro-batches for all processes, from the least work to the most.
 
         Rows of similar length lie together, and the micro-batch with the most work has as little as can be.
         """
         parts = self.accum * self.processes
         most = -(-len(numbers) // parts)  # rows; BATCH_SIZE but in an epoch's last step
-        rows = sorted(by_picture(self.dataset, sorted(numbers)).values(), key=self.length, reverse=True)
+        rows = sorted(rows_of(self.dataset, sorted(numbers), self.row_tokens), key=self.length, reverse=True)
 
         def batches(size):
             cut, start = [], 0
@@ -104,20 +120,15 @@ def whole_rows(dataset, numbers, rows, tokens):
 
     A picture whose examples have more than `tokens` tokens takes several rows, in different batches.
     """
-    parts = defaultdict(list)  # how manieth row of its picture -> [(length, row)]
-    for group in by_picture(dataset, numbers).values():
-        row, length, part = [], 0, 0
-        for i in group:
-            need = text_tokens(dataset[i])
-            if row and length + need > tokens:
-                parts[part].append((length, row))
-                row, length, part = [], 0, part + 1
-            row.append(i)
-            length += need
-        parts[part].append((length, row))
+    parts = defaultdict(list)  # how manieth row of its picture -> its rows
+    of_picture = Counter()
+    for row in rows_of(dataset, numbers, tokens):
+        picture = dataset[row[0]].picture
+        parts[of_picture[picture]].append(row)
+        of_picture[picture] += 1
     batches = []
     for part in parts.values():
-        ordered = [row for _, row in sorted(part)]
+        ordered = sorted(part, key=lambda row: sum(text_tokens(dataset[i]) for i in row))
         batches += [sum(ordered[start : start + rows], []) for start in range(0, len(ordered), rows)]
     return batches
 

@@ -203,7 +203,7 @@ class Checkpoints:
         weights, state = {}, {"optimizer": {}, "scheduler": None}
         if accelerator.is_main_process:
             weights = load_file(path / "model.safetensors")
-            state = torch.load(path / "optimizer.pt", weights_only=True)
+            state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         scheduler.load_state_dict(from_main(accelerator, lambda: state["scheduler"]))
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
         set_model_state_dict(model, weights, options=options)

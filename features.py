@@ -8,7 +8,9 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from checkpoints import write_whole
 from flags import InputError
 from pictures import PictureError, pixels_of
 
+LONGEST_WRITE = 24 * 60 * 60  # seconds
 CHUNK = 8  # pictures that go through the encoder together; fixed, so that a resumed pass computes the same bits
 
 
@@ -62,12 +65,25 @@ class FeatureStore:
         is_whole = features.shape == self.shape and features.dtype == self.dtype and crc32(features) == checksum
         return features if is_whole else None
 
+    def save_all(self, features):
+        """Stores the features {key: tensor} that are not stored yet."""
+        for key, each in features.items():
+            if key not in self:
+                self.save(key, each)
+
     def save(self, key, features):
         if self.folder is not None:
             features = features.detach().cpu().contiguous()
             self.path(key).parent.mkdir(parents=True, exist_ok=True)
             with write_whole(self.path(key)) as path:
                 save_file({"features": features}, path, metadata={"crc32": crc32(features)})
+
+    def tidy(self):
+        """Removes what runs that were killed while they wrote have left here; a run that still writes is quicker."""
+        for part in self.folder.rglob(".*.part"):
+            with contextlib.suppress(OSError):  # another run's
+                if time.time() - part.stat().st_mtime > LONGEST_WRITE:
+                    part.unlink()
 
     def has_encoder(self):
         """Whether the encoder's weights lie whole beside its features."""
@@ -133,6 +149,7 @@ def encode_pictures(pictures, vision_encoder, store, workers=0, share=(0, 1), ch
     chunks = [pictures[i : i + CHUNK] for i in range(0, len(pictures), CHUNK)][share[0] :: share[1]]
     chunks = [chunk for chunk in chunks if any(picture.key not in store for picture in chunk)]
     store.folder.mkdir(parents=True, exist_ok=True)
+    store.tidy()
     weights = 0 if store.encoder.exists() else sum(p.nbytes for p in vision_encoder.parameters())
     need, free = missing * store.entry_bytes + weights, shutil.disk_usage(store.folder).free
     if show:
@@ -141,15 +158,17 @@ def encode_pictures(pictures, vision_encoder, store, workers=0, share=(0, 1), ch
         if show:
             print("That does not fit: each picture will be encoded whenever it is needed instead.")
         return False
-    loader = DataLoader(Decoded(chunks, vision_encoder), None, num_workers=workers)
-    for chunk in tqdm(loader, "Encoding", unit=" batches", disable=not show):
-        check_stop()
-        usable = [(picture, pixels) for picture, pixels in chunk if torch.is_tensor(pixels)]
-        if usable:
-            features = vision_encoder([pixels for _, pixels in usable])
-            for (picture, _), each in zip(usable, features, strict=True):
-                if picture.key not in store:
-                    store.save(picture.key, each)
+    is_cuda = next(vision_encoder.parameters()).is_cuda
+    loader = DataLoader(Decoded(chunks, vision_encoder), None, num_workers=workers, pin_memory=is_cuda)
+    with ThreadPoolExecutor(1) as writer:  # the device goes on while the chunk before is written
+        written = writer.submit(int)
+        for chunk in tqdm(loader, "Encoding", unit=" batches", disable=not show):
+            check_stop()
+            usable = {picture.key: pixels for picture, pixels in chunk if torch.is_tensor(pixels)}
+            features = vision_encoder(list(usable.values())) if usable else []
+            written.result()  # raises what went wrong in it
+            written = writer.submit(store.save_all, dict(zip(usable, features, strict=True)))
+        written.result()
     return True
 
 
@@ -162,7 +181,7 @@ def keep_features(pictures, vision_encoder, store, accelerator, workers, check_s
     everyone = accelerator.process_index, accelerator.num_processes
     this_machine = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for share in (everyone, this_machine):  # the second finds nothing to do, unless machines don't share the folder
-        show = accelerator.is_main_process
+        show = accelerator.is_main_process and share is everyone
         is_kept = encode_pictures(pictures, vision_encoder, store, workers, share, check_stop, show)
         accelerator.wait_for_everyone()
     if is_kept and accelerator.is_local_main_process and not store.has_encoder():

@@ -68,7 +68,7 @@ LEARNING_RATE: float = 3e-5  # small, as every weight of the text model moves
 LR_SCHEDULE: str = "constant"  # constant, linear or cosine, over optimizer steps
 WARMUP_STEPS: int = 0  # optimizer steps over which the rate rises from 0
 WEIGHT_DECAY: float = 0.01  # a step, times the rate; norms and biases are exempt
-BETAS: tuple[float, float] = (0.9, 0.99)  # AdamW's: 0.999 remembers a thousand steps, more than small data have
+BETAS: tuple[float, float] = (0.9, 0.999)  # AdamW's
 MAX_GRAD_NORM: float = 1.0  # longer gradients are scaled down to this
 GRADIENT_CHECKPOINTING: bool = False  # compute activations twice instead of keeping them: a third slower, leaner
 PATIENCE: int | None = None  # stop after so many epochs without a better validation loss; None: never
@@ -304,7 +304,6 @@ def collated(run, dataset, batches, title, done=0):
         batch_sampler=batches,
         collate_fn=run.collate,
         num_workers=WORKERS if is_cuda else 0,
-        prefetch_factor=4 if is_cuda else None,
         pin_memory=is_cuda,
         generator=torch.Generator(),  # a loader seeds its workers; from the global one training would miss the draw
     )

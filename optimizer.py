@@ -153,8 +153,10 @@ def narrow(mean, root, most, offset):
 
 
 def to_bfloat16(square, offset):
-    """The mean of squares, rounded up if what is cut off and `offset` reach 1, as in `narrow`: else it would stand still
-    long before it has come near new gradients' squares."""
+    """The mean of squares, rounded up if what is cut off and `offset` reach 1, as in `narrow`.
+
+    Rounded to the nearest it would stand still long before it has come near the squares of new gradients.
+    """
     bits = square.view(torch.int32) + (offset * 2**16).int()
     return bits.bitwise_and_(-1 << 16).view(torch.float32)
 

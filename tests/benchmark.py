@@ -206,7 +206,8 @@ def compare(arguments, model, tokenizer, questions):
         encoding, _ = timed(lambda: sides["ours"].encode(examples))
         encoding *= (1 + VALID_SHARE) / script.EPOCHS  # the validation pictures' too; once for all epochs
         first = {name: side.validate(batches[0]) for name, side in sides.items()}
-        assert abs(first["plain"] - first["ours"]) < 0.02 * first["plain"], first
+        print(f"{questions} a picture, losses: {first}", file=sys.stderr, flush=True)
+        assert abs(first["plain"] - first["ours"]) < 0.003 * first["plain"], first
         seconds = {"plain": [], "ours": []}
         for _ in range(arguments.rounds):
             for name, side in sides.items():
@@ -275,7 +276,7 @@ def growth(count):
             flags[f"{split}_file"] = write_lines(folder / f"{split}.jsonl", lines)
         started = time.perf_counter()
         process = start_script(flags)
-        process.stdout.read(), process.stderr.read()
+        process.stderr.read()  # the progress bars, which would fill their pipe; the few lines of stdout wait in theirs
         _, status, usage = os.wait4(process.pid, 0)
         assert status == 0
         records = [json.loads(line) for line in (folder / "out" / "training_log.jsonl").read_text().splitlines()]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from batching import StepSampler, whole_rows
+from batching import PREFIX, StepSampler, whole_rows
 
 DRAW = random.Random(7)
 COUNTS = [1, 4, 9, 2, 2, 7, 1, 3, 12, 5]  # questions on each picture
@@ -93,6 +93,27 @@ def test_rows_are_cut_so_that_the_most_work_is_as_little_as_can_be():
         assert max(map(sampler.work, cut)) == best
 
 
+def lengths_of(batch):
+    """{picture: the text tokens on it}."""
+    lengths = Counter()
+    for i in batch:
+        lengths[DATA[i].picture] += len(DATA[i].prompt_ids) + len(DATA[i].answer_ids)
+    return lengths
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_micro_batch_takes_no_more_than_batch_size_pictures_with_a_question_each(batch_size):
+    """However many questions there are on a picture, as far as accumulation brings them into one step."""
+    data = [example for example in DATA for _ in range(20)]
+    longest = max(len(example.prompt_ids) + len(example.answer_ids) for example in data)
+    sampler = StepSampler(data, batch_size * 32, batch_size, True, 0)
+    for batch in epoch(sampler):
+        lengths = Counter({data[i].picture: PREFIX for i in batch})
+        for i in batch:
+            lengths[data[i].picture] += len(data[i].prompt_ids) + len(data[i].answer_ids)
+        assert len(lengths) * max(lengths.values(), default=0) <= batch_size * (PREFIX + longest)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 100])
 @pytest.mark.parametrize("tokens", [40, 100, 10_000])
 def test_whole_rows_hold_each_example_once(rows, tokens):
@@ -100,11 +121,12 @@ def test_whole_rows_hold_each_example_once(rows, tokens):
     batches = whole_rows(DATA, numbers, rows, tokens)
     assert Counter(i for batch in batches for i in batch) == Counter(numbers)
     for batch in batches:
-        lengths = Counter()
-        for i in batch:
-            lengths[DATA[i].picture] += len(DATA[i].prompt_ids) + len(DATA[i].answer_ids)
+        lengths = lengths_of(batch)
         assert len(lengths) <= rows
         assert max(lengths.values()) <= tokens
     if tokens == 10_000:
         of_picture = Counter(picture for batch in batches for picture in {DATA[i].picture for i in batch})
         assert set(of_picture.values()) == {1}
+        longest = [max(lengths_of(batch).values()) for batch in batches]
+        shortest = [min(lengths_of(batch).values()) for batch in batches]
+        assert all(a <= b for a, b in zip(longest, shortest[1:], strict=False))  # of similar length together

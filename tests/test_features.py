@@ -7,10 +7,11 @@ import os
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, dataset, draw_picture, make_run
+from conftest import TINY, dataset, draw_picture, make_run, start_script
 from safetensors.torch import save_file
 
 import features
@@ -193,24 +194,51 @@ def is_mapped():
     return "/encoder.safetensors" in Path("/proc/self/maps").read_text()
 
 
-@pytest.mark.parametrize("how", ["kept", "full disk", "none"])
+@pytest.mark.parametrize("how", ["kept", "full disk", "no room", "none"])
 def test_a_run_trains_without_its_encoder_in_memory(data, run_main, tmp_path, monkeypatch, capsys, how):
     mapped, train_epoch = [], script.train_epoch
     monkeypatch.setattr(script, "train_epoch", lambda run: (mapped.append(is_mapped()), train_epoch(run)))
     if how == "full disk":
         monkeypatch.setattr(features, "save_file", save_unless_large)
+    if how == "no room":
+        monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
     folder = "none" if how == "none" else tmp_path / "features"
     flags = {"model_id": TINY, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl"}
     run_main(**flags, features_dir=folder, output_dir=tmp_path / "out", epochs=1, batch_size=8, valid_answers=2)
     assert mapped == [how == "kept"]
     said = "encoder.safetensors: No space left on device: the vision encoder stays in memory"
-    assert (said in capsys.readouterr().out) == (how == "full disk")
+    out = capsys.readouterr().out
+    assert (said in out) == (how == "full disk")
+    assert out.count("That does not fit") == (how == "no room")
 
 
 def save_unless_large(weights, path, **more):
     if len(weights) > 1:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     save_file(weights, path, **more)
+
+
+def test_two_runs_at_once_may_share_the_folder(data, tmp_path):
+    flags = {"model_id": TINY, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl", "epochs": 1}
+    flags |= {"batch_size": 8, "valid_answers": 0, "features_dir": tmp_path / "features"}
+    runs = [start_script({**flags, "output_dir": tmp_path / name}) for name in ("one", "two")]
+    errors = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], errors
+    logs = [(tmp_path / name / "training_log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    first, second = (json.loads(log[-1]) for log in logs)
+    assert first["train_loss"] == second["train_loss"] and first["valid_loss"] == second["valid_loss"]
+    files = [path.name for path in (tmp_path / "features").rglob("*") if path.is_file()]
+    assert len(files) == 11 + 1 and not any(name.endswith(".part") for name in files)
+
+
+def test_what_a_killed_run_left_half_written_is_removed_in_time(tiny, train, store):
+    store.folder.mkdir(parents=True)
+    old, new = store.folder / ".old.0123.part", store.folder / ".new.4567.part"
+    for part in (old, new):
+        part.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    encode_pictures(list(train.pictures.values()), tiny.vision_encoder, store, show=False)
+    assert not old.exists() and new.exists()
 
 
 def test_a_run_encodes_each_picture_once(data, run_main, tmp_path, monkeypatch):

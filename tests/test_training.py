@@ -190,6 +190,25 @@ def test_a_step_is_adamw_on_the_mean_over_its_answer_tokens(tiny, tokenizer, tra
         torch.testing.assert_close(gradients[name], parameter.grad * 0.5 / total, rtol=1e-3, atol=1e-7)
 
 
+def test_a_micro_batch_makes_no_one_wait_for_the_device(tiny, tokenizer, train, valid, monkeypatch):
+    """What brings numbers to the host is called as often in a step of four micro-batches as in one of one."""
+    run, calls = make_run(copy.deepcopy(tiny), tokenizer, train, valid, batch_size=2), []
+    batches = [run.collate([train[i], train[i + 1]]) for i in (0, 2, 4, 6)]
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero", "cpu", "numpy"):
+
+        def counted(self, *args, name=name, original=getattr(torch.Tensor, name), **more):
+            calls.append(name)
+            return original(self, *args, **more)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    counts = []
+    for micro_batches in (batches[:1], batches):
+        calls.clear()
+        script.train_step(run, micro_batches)
+        counts.append(list(calls))
+    assert counts[0] == counts[1] and "tolist" in counts[0]
+
+
 def test_validation_loss_is_the_mean_over_answer_tokens_whatever_the_batch(tiny, tokenizer, train, valid):
     with torch.no_grad():
         total = sum(plain_losses(tiny, tokenizer, valid.examples, valid.pictures)).item()
