@@ -264,6 +264,34 @@ def measure_peak(arguments):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
+LOADING = """
+import sys, threading, time
+from loading import load_model
+
+def own_gib():  # without the pages of the mapped file, which the system may drop at any time
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 2**20
+
+def watch():
+    while True:
+        seen.append(own_gib())
+        time.sleep(0.01)
+
+seen, before = [], own_gib()
+threading.Thread(target=watch, daemon=True).start()
+model = load_model(sys.argv[1], None)
+weights = sum(p.nbytes for p in model.parameters()) / 2**30
+print(f"GiB of weights: {weights:.2f}, at most in use while they load: {max(seen) - before:.2f}")
+"""
+
+
+def loading(arguments):
+    """Prints the peak memory of loading a float16 checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        build(arguments).half().save_pretrained(folder)
+        environment = {**os.environ, "PYTHONPATH": str(Path(script.__file__).parent)}
+        subprocess.run([sys.executable, "-c", LOADING, folder], env=environment, check=True)
+
+
 def growth(count):
     """Seconds of a training epoch over `count` lines, of all the rest of the run, and its peak memory in GiB."""
     with tempfile.TemporaryDirectory() as folder:
@@ -297,10 +325,13 @@ def main():
     parser.add_argument(
         "--lines", type=int, nargs="*", help="instead: whole runs on the small checkpoint, so many lines"
     )
+    parser.add_argument("--loading", action="store_true", help="instead: peak memory of loading a checkpoint")
     parser.add_argument("--side", choices=("plain", "ours"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         return measure_peak(arguments)
+    if arguments.loading:
+        return loading(arguments)
     if arguments.lines:
         print(f"{'lines':>8} {'epoch, s':>9} {'ms a line':>10} {'the rest, s':>12} {'peak GiB':>9}")
         for count in arguments.lines:
