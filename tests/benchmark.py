@@ -143,7 +143,7 @@ class Ours:
         self.run.optimizer, self.run.scheduler = optimizer, script.build_scheduler(optimizer, "constant", 0, 1)
 
     def stop(self):
-        self.run.optimizer = None
+        self.run.optimizer = self.run.scheduler = None  # which holds the optimizer
 
     def encode(self, examples):
         encode_pictures(list(examples.pictures.values()), self.model.vision_encoder, self.run.store, show=False)
@@ -318,7 +318,7 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="the small checkpoint instead")
     parser.add_argument("--questions_per_picture", type=int, nargs="*", default=[1, 4, 8])
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--memory_batch_size", type=int, default=2, help="for the peak memory: the script's default")
+    parser.add_argument("--memory_batch_size", type=int, default=2, help="for the peak memory; 0: not measured")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="for this project's peak memory")
     parser.add_argument("--pictures", type=int, help="in a turn; default: as many as fill a batch")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
@@ -346,7 +346,7 @@ def main():
             "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, (19, 14, 14, 15, 22), strict=True)), flush=True
         )
 
-    peaks = {side: peak(arguments, side) for side in ("plain", "ours")}
+    peaks = {side: peak(arguments, side) for side in ("plain", "ours") if arguments.memory_batch_size}
     model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(TINY)
     row("questions a picture", "s a question", "tokens/s", "ratio (spread)", "GFLOP/s, of a matmul's")
     for questions in arguments.questions_per_picture:
