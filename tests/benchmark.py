@@ -359,8 +359,9 @@ def main():
         row("", "", "", f"({min(ratios):.2f} to {max(ratios):.2f})", "")
         result[f"ratio_{questions}_question{'s' if questions > 1 else ''}"] = round(statistics.median(ratios), 3)
         shares.append(rate / matmul)
-    peak_of = ", ".join(f"{gib:.2f} {side}" for side, gib in peaks.items())
-    print(f"Peak memory in GiB at BATCH_SIZE {arguments.memory_batch_size}: {peak_of}")
+    if peaks:
+        peak_of = ", ".join(f"{gib:.2f} {side}" for side, gib in peaks.items())
+        print(f"Peak memory in GiB at BATCH_SIZE {arguments.memory_batch_size}: {peak_of}")
     result["share_of_matmul_rate"] = round(min(shares), 3)
     result |= {f"peak_gib_{side}": round(gib, 2) for side, gib in peaks.items()}
     print(json.dumps(result))
