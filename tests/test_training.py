@@ -117,7 +117,7 @@ def test_in_bfloat16_shared_rows_differ_no_more_than_plain_runs_do(tiny, tokeniz
     tolerance = (padded - plain).norm() / plain.norm()
     shared = (gradient([collate(examples)]) - plain).norm() / plain.norm()
     print(f"padded {tolerance:.2e}, shared {shared:.2e}")
-    assert 0 < shared < 1.5 * tolerance
+    assert 0 < shared < 1.2 * tolerance
 
 
 def plain_padded_gradient(model, tokenizer, examples, pictures):
