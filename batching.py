@@ -3,6 +3,7 @@
 import random
 from bisect import bisect_left
 from collections import Counter, defaultdict
+from operator import itemgetter
 
 import torch
 from torch.nn import functional as F
@@ -115,11 +116,13 @@ class StepSampler:
         return len(batch) * max(map(self.length, batch), default=0)
 
 
-def whole_rows(dataset, numbers, rows, tokens):
-    """Batches of at most `rows` rows, each all of a picture's examples among `numbers`; of similar length together.
+def whole_rows(dataset, numbers, pictures, tokens):
+    """Batches of rows, each all of a picture's examples among `numbers`; of similar length together.
 
-    A picture whose examples have more than `tokens` tokens takes several rows, in different batches.
+    A batch takes no more positions than `pictures` pictures with a question each, but a row of its own may. A picture
+    whose examples have more than `tokens` tokens takes several rows, in different batches.
     """
+    most = pictures * (PREFIX + max(text_tokens(dataset[i]) for i in numbers))
     parts = defaultdict(list)  # how manieth row of its picture -> its rows
     of_picture = Counter()
     for row in rows_of(dataset, numbers, tokens):
@@ -128,8 +131,14 @@ def whole_rows(dataset, numbers, rows, tokens):
         of_picture[picture] += 1
     batches = []
     for part in parts.values():
-        ordered = sorted(part, key=lambda row: sum(text_tokens(dataset[i]) for i in row))
-        batches += [sum(ordered[start : start + rows], []) for start in range(0, len(ordered), rows)]
+        lengths = [PREFIX + sum(text_tokens(dataset[i]) for i in row) for row in part]
+        in_batch = 0
+        for length, row in sorted(zip(lengths, part, strict=True), key=itemgetter(0)):
+            in_batch += 1
+            if in_batch == 1 or in_batch * length > most:
+                batches.append([])
+                in_batch = 1
+            batches[-1] += row
     return batches
 
 

@@ -44,7 +44,8 @@ def remove(path):
 def write_whole(path):
     """Gives a path beside `path` to write a file or fill a folder at, then puts it in its place in one step.
 
-    Whatever goes wrong, and whenever the process dies, `path` is what it was before or whole.
+    Whatever goes wrong, and whenever the process dies, `path` is what it was before or whole; a folder that is to be
+    replaced may also be gone.
 
     Raises:
         InputError: the disk is full, or the folder can't be written to.
@@ -52,7 +53,6 @@ def write_whole(path):
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         try:
-            remove(beside)
             yield beside
             for file in sorted(beside.rglob("*")) if beside.is_dir() else []:
                 sync(file)
@@ -94,11 +94,13 @@ class Stop:
     """
 
     def __init__(self, accelerator):
-        self.accelerator, self.signum = accelerator, None
+        self.accelerator, self.signum, self.pid = accelerator, None, os.getpid()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.ask)
 
     def ask(self, signum, frame):
+        if os.getpid() != self.pid:  # a worker of a data loader, which the terminal asks too
+            return
         is_first, is_alone = self.signum is None, self.accelerator.num_processes == 1
         self.signum = signum
         if is_alone:
@@ -127,13 +129,13 @@ def only_run_in(folder):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        with lock.acquire(timeout=0):
-            yield
+        held = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise InputError(f"another run is writing to {folder}: wait for it, or give another OUTPUT_DIR") from None
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    with held:
+        yield
 
 
 @dataclass

@@ -24,13 +24,16 @@ from flags import InputError
 from pictures import PictureError, pixels_of
 
 LONGEST_WRITE = 24 * 60 * 60  # seconds
-CHUNK = 8  # pictures that go through the encoder together; fixed, so that a resumed pass computes the same bits
+# Pictures that go through the encoder together: always the same ones, though some be stored already, so that a resumed
+# pass computes the same bits.
+CHUNK = 8
 
 
 class FeatureStore:
     """Features by picture key, (729, 2048) each, memory-mapped when read; `folder` None keeps nothing.
 
-    An entry carries a checksum. One that is damaged, of another shape or half-written counts as missing.
+    A store that `is_full` takes nothing more. An entry carries a checksum; one that is damaged, of another shape or
+    half-written counts as missing.
     """
 
     def __init__(self, folder, vision_encoder, shape):
@@ -39,6 +42,7 @@ class FeatureStore:
         self.entry_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
         self.key = weights_key(vision_encoder.state_dict())
         self.folder = None if folder is None else Path(folder) / self.key
+        self.is_full = folder is None
 
     def path(self, key):
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -72,8 +76,8 @@ class FeatureStore:
                 self.save(key, each)
 
     def save(self, key, features):
-        if self.folder is not None:
-            features = features.detach().cpu().contiguous()
+        if not self.is_full:
+            features = features.cpu().contiguous()
             self.path(key).parent.mkdir(parents=True, exist_ok=True)
             with write_whole(self.path(key)) as path:
                 save_file({"features": features}, path, metadata={"crc32": crc32(features)})
@@ -143,20 +147,21 @@ def encode_pictures(pictures, vision_encoder, store, workers=0, share=(0, 1), ch
     """
     if store.folder is None:
         return False
+    store.tidy()
     missing = sum(picture.key not in store for picture in pictures)
     if not missing:
         return True
     chunks = [pictures[i : i + CHUNK] for i in range(0, len(pictures), CHUNK)][share[0] :: share[1]]
     chunks = [chunk for chunk in chunks if any(picture.key not in store for picture in chunk)]
     store.folder.mkdir(parents=True, exist_ok=True)
-    store.tidy()
     weights = 0 if store.encoder.exists() else sum(p.nbytes for p in vision_encoder.parameters())
-    need, free = missing * store.entry_bytes + weights, shutil.disk_usage(store.folder).free
+    need, free = missing * store.entry_bytes, shutil.disk_usage(store.folder).free
     if show:
-        print(f"Encoding {missing:,} pictures into {store.folder} ({need / 1e9:,.3f} GB, {free / 1e9:,.1f} free)")
+        gb = (need + weights) / 1e9
+        print(f"Encoding {missing:,} pictures into {store.folder} ({gb:,.3f} GB, {free / 1e9:,.1f} free)")
     if need > free:
         if show:
-            print("That does not fit: each picture will be encoded whenever it is needed instead.")
+            print("That does not fit: each of them will be encoded whenever it is needed instead.")
         return False
     is_cuda = next(vision_encoder.parameters()).is_cuda
     loader = DataLoader(Decoded(chunks, vision_encoder), None, num_workers=workers, pin_memory=is_cuda)
@@ -165,7 +170,7 @@ def encode_pictures(pictures, vision_encoder, store, workers=0, share=(0, 1), ch
         for chunk in tqdm(loader, "Encoding", unit=" batches", disable=not show):
             check_stop()
             usable = {picture.key: pixels for picture, pixels in chunk if torch.is_tensor(pixels)}
-            features = vision_encoder(list(usable.values())) if usable else []
+            features = vision_encoder(list(usable.values())).cpu() if usable else []
             written.result()  # raises what went wrong in it
             written = writer.submit(store.save_all, dict(zip(usable, features, strict=True)))
         written.result()
@@ -191,6 +196,6 @@ def keep_features(pictures, vision_encoder, store, accelerator, workers, check_s
             print(f"{error}: the vision encoder stays in memory")
     accelerator.wait_for_everyone()
     if not is_kept:
-        store.folder = None
+        store.is_full = True
     elif store.has_encoder():
         store.set_aside(vision_encoder)

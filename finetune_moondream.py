@@ -228,6 +228,7 @@ def evaluate(run):
             losses.append(out.loss)
             tokens += len(batch["scored"])
             answers |= answer(run, batch, out, asked) if wanted else {}
+            del out  # and its keys and values, before the next batch makes its own
     losses, tokens = gather(torch.stack(losses).tolist() if losses else []), sum(gather([tokens]))
     if not tokens:
         raise InputError(f"no picture of {run.constants.valid_file} can be read any more")
@@ -338,6 +339,8 @@ def train_step(run, batches):
     for batch in batches:
         # Gradients are exchanged once, in the last backward pass; sharded ones at once, as no process has room for all.
         at_once = batch is batches[-1] or accelerator.is_fsdp2
+        if not batch["examples"] and not at_once:
+            continue  # sharing pictures left a step fewer rows than it has micro-batches
         with nullcontext() if at_once else accelerator.no_sync(model):
             embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
             loss = forward(model, batch, embeds, divisor).loss

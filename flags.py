@@ -126,6 +126,5 @@ def run(main):
     except InputError as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # a disk that went away, a folder that no longer lets in
-        if error.filename is None:
-            raise
-        sys.exit(f"error: {error.filename}: {error.strerror}")
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {where}{error.strerror or error}")

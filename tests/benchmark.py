@@ -207,7 +207,7 @@ def compare(arguments, model, tokenizer, questions):
         encoding *= (1 + VALID_SHARE) / script.EPOCHS  # the validation pictures' too; once for all epochs
         first = {name: side.validate(batches[0]) for name, side in sides.items()}
         print(f"{questions} a picture, losses: {first}", file=sys.stderr, flush=True)
-        assert abs(first["plain"] - first["ours"]) < 0.002 * first["plain"], first
+        assert abs(first["plain"] - first["ours"]) < 0.01 * first["plain"], first  # a bfloat16 is within 0.4%
         seconds = {"plain": [], "ours": []}
         for _ in range(arguments.rounds):
             for name, side in sides.items():

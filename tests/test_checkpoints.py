@@ -231,6 +231,28 @@ def test_a_second_signal_ends_at_once(flags, tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class Asked(torch.utils.data.Dataset):
+    """As by ctrl-C, which the terminal sends to all of its processes."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGINT)
+        return i
+
+
+def test_a_data_loaders_workers_leave_the_signal_to_the_run(capfd):
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    Stop(Accelerator()).check()
+    try:
+        assert list(torch.utils.data.DataLoader(Asked(), None, num_workers=2)) == [0, 1]
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    assert capfd.readouterr().out == ""
+
+
 def test_a_full_disk_anywhere_is_one_line_and_loses_nothing(flags, tmp_path):
     """No file may grow beyond a limit that the features, then the checkpoints, break."""
     weights = (TINY / "model.safetensors").stat().st_size
@@ -332,6 +354,13 @@ def test_a_finished_model_is_not_overwritten_silently(flags, run_main):
 def test_a_second_run_in_the_same_folder_leaves(flags, run_main):
     with only_run_in(flags["output_dir"]), pytest.raises(InputError, match="another run is writing to"):
         run_main(**flags)
+
+
+def test_what_goes_wrong_elsewhere_is_not_said_of_the_output_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), only_run_in(tmp_path):
+        (tmp_path / "elsewhere").read_text()
+    with only_run_in(tmp_path):  # was let go
+        pass
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(flags, run_main, tmp_path):

@@ -1,5 +1,6 @@
 """Constants and flags: one mechanism, one line for whatever is wrong."""
 
+import errno
 import subprocess
 import sys
 
@@ -97,6 +98,24 @@ def test_help_lists_every_constant_with_default_and_reason(capsys):
         assert f"--{name.lower()} " in text
         assert reasons[name] and " ".join(reasons[name].split()) in text
         assert f"(default: {vars(script)[name]})" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
+        (OSError(errno.EACCES, "Permission denied", "a/b"), "error: a/b: Permission denied"),
+        (ConnectionError("the tracker does not answer"), "error: the tracker does not answer"),
+        (InputError("what, where"), "error: what, where"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_line(error, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as done:
+        flags.run(main)
+    assert done.value.code == line
 
 
 def test_the_command_ends_in_one_line_and_status_1():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -206,6 +207,37 @@ def test_a_micro_batch_makes_no_one_wait_for_the_device(tiny, tokenizer, train, 
         script.train_step(run, micro_batches)
         counts.append(list(calls))
     assert counts[0] == counts[1] and "tolist" in counts[0]
+
+
+def test_a_micro_batch_that_sharing_left_empty_costs_nothing(tiny, tokenizer, train, valid):
+    run = make_run(copy.deepcopy(tiny), tokenizer, train, valid, batch_size=1, grad_accum_steps=4)
+    calls = []
+    run.model.text_model.register_forward_pre_hook(lambda *args: calls.append(1))
+    four = [i for i, example in enumerate(train) if example.picture == train[1].picture]
+    batches = [run.collate([train[i] for i in numbers]) for numbers in ([], [], four[:2], four[2:])]
+    loss, _, tokens = script.train_step(run, batches)
+    assert len(calls) == 2 and tokens == sum(len(train[i].answer_ids) for i in four)
+    expected = sum(plain_losses(tiny, tokenizer, [train[i] for i in four], train.pictures)) / tokens
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_validation_holds_the_keys_and_values_of_one_batch(tiny, tokenizer, train, valid):
+    run = make_run(tiny, tokenizer, train, valid, batch_size=1)
+    caches, alive = [], []
+
+    def before(module, args, inputs):
+        alive.append(sum(cache() is not None for cache in caches))
+
+    def after(module, args, inputs, out):
+        if out.past_key_values not in [cache() for cache in caches]:
+            caches.append(weakref.ref(out.past_key_values))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "whole_rows", lambda dataset, *args: [[i] for i in range(len(dataset))])
+        tiny.text_model.register_forward_pre_hook(before, with_kwargs=True)
+        tiny.text_model.register_forward_hook(after, with_kwargs=True)
+        script.evaluate(run)
+    assert len(caches) == len(valid) and max(alive) == 1
 
 
 def test_validation_loss_is_the_mean_over_answer_tokens_whatever_the_batch(tiny, tokenizer, train, valid):
