@@ -351,6 +351,16 @@ def test_a_finished_model_is_not_overwritten_silently(flags, run_main):
     assert (flags["output_dir"] / "model.safetensors").read_bytes() != before
 
 
+def test_two_may_write_a_file_at_once(tmp_path):
+    path = tmp_path / "file"
+    with write_whole(path) as first:
+        first.write_text("first")
+        with write_whole(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_second_run_in_the_same_folder_leaves(flags, run_main):
     with only_run_in(flags["output_dir"]), pytest.raises(InputError, match="another run is writing to"):
         run_main(**flags)
