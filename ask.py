@@ -82,8 +82,8 @@ def main():
     parser.add_argument("model", help="the folder of a saved model")
     parser.add_argument("picture", help="a picture, or a JSONL file of pictures, questions and answers")
     parser.add_argument("question", nargs="*", help="questions about the picture")
-    parser.add_argument("--batch_size", type=int, default=2, help="rows in a batch, divided by four")
-    parser.add_argument("--output_dir", help="where a file's answers and report go; default: beside it")
+    parser.add_argument("--batch_size", type=int, default=2, help="as the script's: less takes less memory")
+    parser.add_argument("--output_dir", help="for a file's answers and report; default: valid_scored, of valid.jsonl")
     words = parser.parse_args()
     is_file = words.picture.endswith(".jsonl")
     if is_file == bool(words.question):

@@ -94,13 +94,11 @@ class Stop:
     """
 
     def __init__(self, accelerator):
-        self.accelerator, self.signum, self.pid = accelerator, None, os.getpid()
+        self.accelerator, self.signum = accelerator, None
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.ask)
 
     def ask(self, signum, frame):
-        if os.getpid() != self.pid:  # a worker of a data loader, which the terminal asks too
-            return
         is_first, is_alone = self.signum is None, self.accelerator.num_processes == 1
         self.signum = signum
         if is_alone:
@@ -118,6 +116,12 @@ class Stop:
     def check_alone(self):
         if self.signum is not None:
             raise Interrupted(self.signum)
+
+
+def leave_signals(worker):
+    """For a data loader's workers: what asks them all to end, as ctrl-C does, is for the run to heed."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -267,6 +271,8 @@ def settings_of(constants, may_change, train, valid, vision_encoder):
     """What makes a run this run: with any of it changed, a checkpoint can't be gone on from."""
     settings = {name.upper(): value for name, value in vars(constants).items() if name.upper() not in may_change}
     settings.update(TRAIN_FILE=digest(train), VALID_FILE=digest(valid), vision_encoder=vision_encoder)
+    in_step = settings.pop("BATCH_SIZE") * settings.pop("GRAD_ACCUM_STEPS")  # however they are cut
+    settings["BATCH_SIZE x GRAD_ACCUM_STEPS"] = in_step
     if constants.lr_schedule != "constant":
         settings["EPOCHS"] = constants.epochs
     return json.loads(json.dumps(settings))  # as it comes back from a checkpoint

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import write_whole
+from checkpoints import leave_signals, write_whole
 from flags import InputError
 from pictures import PictureError, pixels_of
 
@@ -164,7 +164,8 @@ def encode_pictures(pictures, vision_encoder, store, workers=0, share=(0, 1), ch
             print("That does not fit: each of them will be encoded whenever it is needed instead.")
         return False
     is_cuda = next(vision_encoder.parameters()).is_cuda
-    loader = DataLoader(Decoded(chunks, vision_encoder), None, num_workers=workers, pin_memory=is_cuda)
+    options = {"num_workers": workers, "pin_memory": is_cuda, "worker_init_fn": leave_signals}
+    loader = DataLoader(Decoded(chunks, vision_encoder), None, **options)
     with ThreadPoolExecutor(1) as writer:  # the device goes on while the chunk before is written
         written = writer.submit(int)
         for chunk in tqdm(loader, "Encoding", unit=" batches", disable=not show):

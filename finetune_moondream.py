@@ -32,6 +32,7 @@ from checkpoints import (
     Interrupted,
     Progress,
     Stop,
+    leave_signals,
     move_into,
     only_run_in,
     refuse_finished,
@@ -82,6 +83,7 @@ MAY_BE_ZERO = ("WARMUP_STEPS", "WEIGHT_DECAY", "VALID_ANSWERS", "SEED")
 BELOW_ONE = ("BETAS",)
 CHOICES = {"LR_SCHEDULE": ("constant", "linear", "cosine"), "TRACKER": ("tensorboard", "wandb", "trackio")}
 MAY_CHANGE = ("EPOCHS", "OUTPUT_DIR", "FEATURES_DIR", "PATIENCE", "CHECKPOINT_STEPS", "OVERWRITE", "TRACKER")
+MAY_CHANGE += ("GRADIENT_CHECKPOINTING",)  # the same numbers in less memory
 MAX_NEW_TOKENS = 64  # an answer that is longer is cut off
 WORKERS = 4  # processes that decode pictures and read features, on a GPU
 BAD_STEPS = 3  # steps in a row without a finite gradient that end a run
@@ -306,6 +308,7 @@ def collated(run, dataset, batches, title, done=0):
         collate_fn=run.collate,
         num_workers=WORKERS if is_cuda else 0,
         pin_memory=is_cuda,
+        worker_init_fn=leave_signals,
         generator=torch.Generator(),  # a loader seeds its workers; from the global one training would miss the draw
     )
     shown = {"unit": "", "leave": False, "mininterval": 0.5, "disable": not run.accelerator.is_main_process}
@@ -333,7 +336,7 @@ def train_step(run, batches):
     not finite, nothing is updated.
     """
     accelerator, model = run.accelerator, run.text_model
-    tokens = torch.tensor(float(sum(len(batch["scored"]) for batch in batches))).to(run.device, non_blocking=True)
+    tokens = torch.full((), float(sum(len(batch["scored"]) for batch in batches)), device=run.device)
     tokens, losses = accelerator.reduce(tokens), []
     divisor = tokens.clamp(min=1) / accelerator.num_processes  # for gradients are averaged over processes
     for batch in batches:
@@ -508,7 +511,10 @@ def print_best(progress, epochs):
 
 def read_data(constants, tokenizer, room):
     """Both datasets, ready to train on, and the summary of them that is printed."""
-    train, valid = VQADataset(constants.train_file), VQADataset(constants.valid_file)
+    files = constants.train_file, constants.valid_file
+    for file in files:
+        read_lines(Path(file))  # what is malformed in either is said before thousands of pictures are looked at
+    train, valid = map(VQADataset, files)
     for dataset in (train, valid):
         dataset.tokenize(tokenizer, room)
         print_skipped(dataset)

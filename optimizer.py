@@ -63,7 +63,7 @@ class AdamW(Optimizer):
                     state = self.state_of(p)
                     tensors = p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("low")
                     tensors = [local(each) for each in tensors if each is not None]
-                    numbers = numbers.to(tensors[0].device, non_blocking=True)
+                    numbers = numbers.to(tensors[0].device)
                     if p.dim() > 1:
                         apply(tensors, numbers, beta1, beta2, group["eps"])
                     else:

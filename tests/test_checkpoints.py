@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import checkpoints
+import features
 import finetune_moondream as script
 import optimizer
 from checkpoints import Interrupted, Stop, move_into, only_run_in, write_text, write_whole
@@ -231,26 +233,33 @@ def test_a_second_signal_ends_at_once(flags, tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class Asked(torch.utils.data.Dataset):
-    """As by ctrl-C, which the terminal sends to all of its processes."""
+def test_what_asks_all_processes_to_end_is_left_to_the_run(tiny, tokenizer, data, tmp_path, monkeypatch, capfd):
+    """Ctrl-C goes to the workers of data loaders too, and a service manager's SIGTERM: they do what they are at."""
+    train = dataset(data / "train.jsonl", tokenizer)
+    run, workers = make_run(tiny, tokenizer, train, train, tmp_path / "features"), tmp_path / "workers"
+    decode, handlers = features.pixels_of, {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
 
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, i):
+    def asked(result):
+        assert torch.utils.data.get_worker_info()
         os.kill(os.getpid(), signal.SIGINT)
-        return i
+        os.kill(os.getpid(), signal.SIGTERM)
+        with workers.open("a") as file:
+            file.write(".")
+        return result
 
-
-def test_a_data_loaders_workers_leave_the_signal_to_the_run(capfd):
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(features, "pixels_of", lambda *args: asked(decode(*args)))
+    monkeypatch.setattr(script.Run, "device", SimpleNamespace(type="cuda"))  # whose data loaders have workers
+    run.collate = lambda examples: asked({"failed": [], "numbers": len(examples)})
     Stop(Accelerator()).check()
     try:
-        assert list(torch.utils.data.DataLoader(Asked(), None, num_workers=2)) == [0, 1]
+        assert features.encode_pictures(list(train.pictures.values()), tiny.vision_encoder, run.store, 2, show=False)
+        assert all(run.store.load(key) is not None for key in train.pictures)
+        assert [batch["numbers"] for batch in script.collated(run, train, [[0], [1, 2]], "")] == [1, 2]
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-    assert capfd.readouterr().out == ""
+    assert len(workers.read_text()) == len(train.pictures) + 2
+    assert "finishing" not in capfd.readouterr().out
 
 
 def test_a_full_disk_anywhere_is_one_line_and_loses_nothing(flags, tmp_path):
@@ -308,10 +317,17 @@ def interrupted(flags, run_main, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("learning_rate", 5e-4), ("seed", 1), ("batch_size", 2), ("lr_schedule", "cosine")]
+    ("name", "value", "said"),
+    [
+        ("learning_rate", 5e-4, "LEARNING_RATE was 0.001, is 0.0005"),
+        ("seed", 1, "SEED was 0, is 1"),
+        ("batch_size", 2, "BATCH_SIZE x GRAD_ACCUM_STEPS was 4, is 2"),
+        ("grad_accum_steps", 2, "BATCH_SIZE x GRAD_ACCUM_STEPS was 4, is 8"),
+        ("lr_schedule", "cosine", "LR_SCHEDULE was constant, is cosine"),
+    ],
 )
-def test_another_runs_checkpoint_is_refused(interrupted, run_main, name, value):
-    with pytest.raises(InputError, match=rf"{name.upper()} was .*, is {value}.*OUTPUT_DIR.*--overwrite true"):
+def test_another_runs_checkpoint_is_refused(interrupted, run_main, name, value, said):
+    with pytest.raises(InputError, match=rf"{said}.*OUTPUT_DIR.*--overwrite true"):
         run_main(**{**interrupted, name: value})
     assert list((interrupted["output_dir"] / "checkpoints").glob("epoch-*"))
 
@@ -327,6 +343,16 @@ def test_overwrite_discards_another_runs_checkpoint(interrupted, run_main, capsy
     run_main(**{**interrupted, "learning_rate": 5e-4, "overwrite": "true"})
     assert "Going on" not in capsys.readouterr().out
     assert log_of(interrupted["output_dir"])[-1]["learning_rate"] == 5e-4
+
+
+def test_a_run_goes_on_in_smaller_pieces(interrupted, run_main, tmp_path, capsys):
+    """As README advises where memory ran out; a step remains the same step, but for rounding."""
+    pieces = {"batch_size": 2, "grad_accum_steps": 2, "gradient_checkpointing": "true"}
+    run_main(**{**interrupted, **pieces})
+    assert "Going on in epoch 1 after step" in capsys.readouterr().out
+    run_main(**{**interrupted, "output_dir": tmp_path / "whole"})
+    for mine, other in zip(log_of(interrupted["output_dir"]), log_of(tmp_path / "whole"), strict=True):
+        assert mine["valid_loss"] == pytest.approx(other["valid_loss"], rel=0.02)
 
 
 def test_overwrite_goes_on_with_its_own_checkpoint(interrupted, run_main, capsys):

@@ -3,11 +3,13 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import dataset, draw_picture, write_lines
 from PIL import Image
 
+import finetune_moondream as script
 from finetune_moondream import VQADataset
 from flags import InputError
 
@@ -121,6 +123,14 @@ def test_a_malformed_line_is_named(folder, line, wrong):
 def test_bytes_that_are_not_utf8_are_named(folder):
     with pytest.raises(InputError, match=r"lines.jsonl:1: not UTF-8"):
         read(folder, b'{"image_path": "\xff\xfe"}')
+
+
+def test_malformed_lines_are_named_before_any_picture_is_looked_at(folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(script, "inspect_all", lambda files: pytest.fail("pictures are looked at"))
+    train, valid = write_lines(folder / "train.jsonl", [LINE]), folder / "valid.jsonl"
+    valid.write_text("{")
+    with pytest.raises(InputError, match="1 malformed lines in .*valid.jsonl"):
+        script.read_data(SimpleNamespace(train_file=train, valid_file=valid), tokenizer, 1000)
 
 
 def test_the_first_ten_malformed_lines_are_named(folder):
