@@ -3,7 +3,6 @@
 import random
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from operator import itemgetter
 
 import torch
 from torch.nn import functional as F
@@ -16,6 +15,10 @@ PREFIX = 730  # positions of a row before its first question: what a row costs a
 
 def text_tokens(example):
     return len(example.prompt_ids) + len(example.answer_ids)
+
+
+def row_length(dataset, row):
+    return PREFIX + sum(text_tokens(dataset[i]) for i in row)
 
 
 def by_picture(dataset, numbers):
@@ -109,7 +112,7 @@ class StepSampler:
         return [[]] * (parts - len(cut)) + cut
 
     def length(self, row):
-        return PREFIX + sum(text_tokens(self.dataset[i]) for i in row)
+        return row_length(self.dataset, row)
 
     def work(self, batch):
         """The positions of a micro-batch, padding included."""
@@ -131,11 +134,10 @@ def whole_rows(dataset, numbers, pictures, tokens):
         of_picture[picture] += 1
     batches = []
     for part in parts.values():
-        lengths = [PREFIX + sum(text_tokens(dataset[i]) for i in row) for row in part]
         in_batch = 0
-        for length, row in sorted(zip(lengths, part, strict=True), key=itemgetter(0)):
+        for row in sorted(part, key=lambda row: row_length(dataset, row)):
             in_batch += 1
-            if in_batch == 1 or in_batch * length > most:
+            if in_batch == 1 or in_batch * row_length(dataset, row) > most:
                 batches.append([])
                 in_batch = 1
             batches[-1] += row

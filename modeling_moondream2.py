@@ -232,6 +232,7 @@ class VisionEncoder(nn.Module):
         images = [images] if isinstance(images, Image.Image) else images
         weight = self.projection.mlp.fc1.weight
         pixels = [x if torch.is_tensor(x) else self.preprocess(x) for x in images]
+        # CUDA keeps what it copies from until it has; other devices may not.
         pixels = [x.to(weight.device, weight.dtype, non_blocking=weight.is_cuda) for x in pixels]
         whole = torch.cat([self._resize(x[None], self.image_size) for x in pixels])
         tiles = [self._tiles(x) for x in pixels]

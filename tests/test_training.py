@@ -3,6 +3,7 @@
 import copy
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,6 +275,19 @@ def test_validation_reads_a_row_once_for_its_loss_and_its_answers(tiny, tokenize
     script.evaluate(run)
     rows = [tokens for tokens in read if tokens > tiny.config.image_tokens]
     assert len(rows) == 1 and len(read) > 1  # the three pictures lie in one batch; then token by token
+
+
+@pytest.mark.parametrize(("processes", "times"), [(1, 7), (2, 1)])
+def test_validation_asks_other_processes_to_stop_now_and_then(tiny, tokenizer, train, valid, processes, times):
+    run, asked = make_run(tiny, tokenizer, train, valid, batch_size=1, valid_answers=0), []
+    run.stop.check = lambda: asked.append(1)
+    run.accelerator = SimpleNamespace(
+        num_processes=processes, process_index=0, is_main_process=True, device=run.accelerator.device
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "whole_rows", lambda dataset, *args: [[i] for i in range(len(dataset))])
+        script.evaluate(run)
+    assert len(asked) == times
 
 
 def test_what_the_loss_does_not_reach_comes_out_bit_for_bit(tiny, tokenizer, train, valid):
