@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import flags
-from batching import Collator, StepSampler, whole_rows
-from checkpoints import (
+from moondream2 import cli
+from moondream2.card import how_to_ask, model_card, predictions, report_of
+from moondream2.checkpoints import (
     Checkpoints,
     Interrupted,
     Progress,
@@ -41,18 +41,18 @@ from checkpoints import (
     write_text,
     write_whole,
 )
-from data_summary import format_table, summarize
-from features import FeatureStore, keep_features
-from flags import InputError
-from jsonl import read_lines
-from loading import load_model, load_tokenizer
-from model_card import how_to_ask, model_card, predictions, report_of
-from modeling_moondream2 import Moondream, prompt_text, row_mask
-from optimizer import build_optimizer, build_scheduler
-from pictures import PictureError, find_picture, inspect_all
-from processes import from_main, gather, one_speaks, share, start, whole_weights
-from report import write_report
-from scoring import is_correct
+from moondream2.cli import InputError
+from moondream2.data import read_lines
+from moondream2.features import FeatureStore, keep_features
+from moondream2.launch import from_main, gather, one_speaks, share, start, whole_weights
+from moondream2.loading import load_model, load_tokenizer
+from moondream2.modeling_moondream2 import Moondream, prompt_text, row_mask
+from moondream2.optimizer import build_optimizer, build_scheduler
+from moondream2.pictures import PictureError, find_picture, inspect_all
+from moondream2.report import write_report
+from moondream2.rows import Collator, StepSampler, whole_rows
+from moondream2.scoring import is_correct
+from moondream2.summary import format_table, summarize
 
 # Each constant is also a flag: `EPOCHS` is `--epochs 3` on the command line.
 MODEL_ID: str = "vikhyatk/moondream2"  # a hub repository or a local folder
@@ -566,7 +566,7 @@ def print_batch(sampler, batch_size):
 
 
 def main():
-    constants = flags.parse(globals(), sys.argv[1:], MAY_BE_ZERO, BELOW_ONE, CHOICES)
+    constants = cli.parse(globals(), sys.argv[1:], MAY_BE_ZERO, BELOW_ONE, CHOICES)
     output_dir = Path(constants.output_dir)
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="PIL")  # of files that are read all the same; broken ones are named
@@ -592,4 +592,4 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    cli.run(main)

@@ -1,6 +1,6 @@
 """The plain way against this project's way, on the same pictures and questions, in one process and in turns.
 
-`python tests/benchmark.py` builds Moondream2 at full size with random weights in bfloat16. The plain way is the
+`python -m tests.benchmark` builds Moondream2 at full size with random weights in bfloat16. The plain way is the
 original's loop: for each batch encode each example's picture, embed, all logits, cross-entropy with -100, AdamW.
 Times are of an epoch and its validation (a question in four is for validation), with this project's one-time encoding
 of the pictures spread over EPOCHS = 5. It is an hour's work on two cores; `--layers 4 --vision_layers 4` or `--tiny`
@@ -18,18 +18,16 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
-from conftest import TINY, make_run, start_script, write_lines
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune_moondream as script
-from features import FeatureStore, encode_pictures
-from modeling_moondream2 import Moondream, MoondreamConfig
-from pictures import inspect, pixels_of
+from moondream2.features import FeatureStore, encode_pictures
+from moondream2.modeling_moondream2 import Moondream, MoondreamConfig
+from moondream2.pictures import inspect, pixels_of
+from tests.conftest import TINY, make_run, start_script, write_lines
 
 VALID_SHARE = 0.25  # validation questions for each training question
 # As the sample data's, some of which are seen in tiles: 1, 3, 1, 5, 1, 3, 1 and 1 passes of the vision transformer.
@@ -237,7 +235,7 @@ class Batch(list):
 
 def peak(arguments, side):
     """Peak memory in GiB of one side's training at the defaults, in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, "--layers", str(arguments.layers)]
+    command = [sys.executable, "-m", "tests.benchmark", "--side", side, "--layers", str(arguments.layers)]
     command += ["--vision_layers", str(arguments.vision_layers), "--batch_size", str(arguments.memory_batch_size)]
     command += ["--tiny"] if arguments.tiny else []
     command += ["--gradient_checkpointing"] if arguments.gradient_checkpointing else []
@@ -266,7 +264,7 @@ def measure_peak(arguments):
 
 LOADING = """
 import sys, threading, time
-from loading import load_model
+from moondream2.loading import load_model
 
 def own_gib():  # without the pages of the mapped file, which the system may drop at any time
     return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 2**20

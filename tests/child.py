@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["finetune_moondream", "child", "launched"])
+CONTEXT.set_forkserver_preload(["finetune_moondream", "tests.child", "tests.launched"])
 
 
 def run(flags, out, file_size, environment, setup):
     """Runs the script's `main` as the command does, its output into a file; no file may grow over `file_size` bytes."""
     os.environ.update(environment)
     import finetune_moondream
-    from flags import run as run_script
+    from moondream2.cli import run as run_script
 
     descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)

@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune_moondream as script
-from checkpoints import Progress
-from features import FeatureStore
+from moondream2.checkpoints import Progress
+from moondream2.features import FeatureStore
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_moondream2"

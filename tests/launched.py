@@ -12,7 +12,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 
 import finetune_moondream as script
-import processes
+from moondream2 import launch as processes
 
 NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0}
 

@@ -1,6 +1,6 @@
 """Renders the sample data: pictures of streets, most with a zebra crossing, and questions about them.
 
-    python tests/make_scenes.py
+    python -m tests.make_scenes
 
 writes `train.jsonl`, `valid.jsonl` and `images/` into the project root, the same bytes every time with
 the same version of Pillow. The facts of a picture are drawn first (`make_scene`), then rendered (`render`)

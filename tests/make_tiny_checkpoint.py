@@ -1,6 +1,6 @@
 """Makes tests/tiny_moondream2/: Moondream2's classes in a few MiB, for the tests and the first command.
 
-    PYTHONPATH=. python tests/make_tiny_checkpoint.py
+    python -m tests.make_tiny_checkpoint
 
 takes about seven minutes on two cores. First the vision encoder learns to see what `make_scenes.py` draws, then the
 text model to talk about it. Neither the pictures nor the questions and answers are the sample data's: fine-tuning on
@@ -14,14 +14,14 @@ from dataclasses import replace
 from multiprocessing import Pool
 from pathlib import Path
 
-import make_scenes as street
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CodeGenTokenizer
 
-from modeling_moondream2 import Moondream, MoondreamConfig, lay_out_rows, preprocess, prompt_text, row_mask
+from moondream2.modeling_moondream2 import Moondream, MoondreamConfig, lay_out_rows, preprocess, prompt_text, row_mask
+from tests import make_scenes as street
 
 FOLDER = Path(__file__).parent / "tiny_moondream2"
 SEEDS = range(1_000_000, 1_003_000)

@@ -1,6 +1,6 @@
 """What a second process costs: bytes sent a step, time spent on exchange, and how evenly the work is shared.
 
-`python tests/scaling.py` runs the sample data through the small checkpoint in two processes over the loopback of a
+`python -m tests.scaling` runs the sample data through the small checkpoint in two processes over the loopback of a
 network namespace of their own, whose counters see nothing else. Two processes on one machine share its cores, so their
 speed says nothing; what they send and wait for does.
 """
@@ -15,11 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
 import finetune_moondream as script
-import launched
+from tests import launched
+
+ROOT = Path(__file__).parent.parent
 
 
 def sent():
@@ -53,7 +52,7 @@ def measure():
     os.environ["NOTES"] = str(folder / f"{os.environ['RANK']}.json")
     script.train_epoch, script.save = timed_epoch, report
     launched.noting()
-    script.flags.run(script.main)
+    script.cli.run(script.main)
 
 
 def main():
@@ -64,7 +63,7 @@ def main():
         flags = ["--model_id", "tests/tiny_moondream2", "--output_dir", f"{folder}/out", "--epochs", "2", *flags]
         flags = ["--features_dir", f"{folder}/features", "--valid_answers", "0", *flags]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(arguments.processes)]
-        command = shlex.join([*torchrun, __file__, *flags])
+        command = shlex.join([*torchrun, "-m", "tests.scaling", *flags])
         environment = {**os.environ, "NOTES": folder, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         alone = ["unshare", "--net", "sh", "-c", f"ip link set lo up && exec {command}"]
         subprocess.run(alone, cwd=ROOT, env=environment, check=True)

@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 
-from conftest import ROOT
+from tests.conftest import ROOT
 
 
 def test_the_benchmark_on_the_small_checkpoint():
-    command = [sys.executable, "tests/benchmark.py", "--tiny", "--rounds", "1"]
+    command = [sys.executable, "-m", "tests.benchmark", "--tiny", "--rounds", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])

@@ -10,18 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from child import Child
-from conftest import TINY, dataset, make_run
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import checkpoints
-import features
 import finetune_moondream as script
-import optimizer
-from checkpoints import Interrupted, Stop, move_into, only_run_in, write_text, write_whole
-from flags import InputError
+from moondream2 import checkpoints, features, optimizer
+from moondream2.checkpoints import Interrupted, Stop, move_into, only_run_in, write_text, write_whole
+from moondream2.cli import InputError
+from tests.child import Child
+from tests.conftest import TINY, dataset, make_run
 
 KILLS = int(os.environ.get("KILLS", 20))
 

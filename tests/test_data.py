@@ -6,12 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import dataset, draw_picture, write_lines
 from PIL import Image
 
 import finetune_moondream as script
 from finetune_moondream import VQADataset
-from flags import InputError
+from moondream2.cli import InputError
+from tests.conftest import dataset, draw_picture, write_lines
 
 LINE = {"image_path": "a.png", "question": "What?", "answer": "This."}
 

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, dataset, draw_picture, make_run, start_script
 from safetensors.torch import save_file
 
-import features
 import finetune_moondream as script
-from features import FeatureStore, encode_pictures
-from pictures import inspect, pixels_of
+from moondream2 import features
+from moondream2.features import FeatureStore, encode_pictures
+from moondream2.pictures import inspect, pixels_of
+from tests.conftest import TINY, dataset, draw_picture, make_run, start_script
 
 
 @pytest.fixture

@@ -5,10 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe import fill, fill_module, picture
 from safetensors.torch import load_file
 
-from modeling_moondream2 import Moondream, MoondreamConfig, TextModel, VisionEncoder, preprocess, preprocessed_size
+from moondream2.modeling_moondream2 import (
+    Moondream,
+    MoondreamConfig,
+    TextModel,
+    VisionEncoder,
+    preprocess,
+    preprocessed_size,
+)
+from tests.recipe import fill, fill_module, picture
 
 GOLDEN = Path(__file__).parent / "golden"
 STATE_DICT = json.loads((GOLDEN / "state_dict.json").read_text())

@@ -9,15 +9,15 @@ import os
 import random
 
 import pytest
-from conftest import dataset, draw_picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from finetune_moondream import VQADataset
-from flags import InputError
-from modeling_moondream2 import preprocess
-from pictures import PictureError, inspect, pixels_of
+from moondream2.cli import InputError
+from moondream2.modeling_moondream2 import preprocess
+from moondream2.pictures import PictureError, inspect, pixels_of
+from tests.conftest import dataset, draw_picture
 
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", 150))
 SETTINGS = settings(

@@ -13,8 +13,8 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import modeling_moondream2
-from modeling_moondream2 import lay_out_rows, preprocess, prompt_text, row_mask, upright_rgb
+from moondream2 import modeling_moondream2
+from moondream2.modeling_moondream2 import lay_out_rows, preprocess, prompt_text, row_mask, upright_rgb
 
 TINY = Path(__file__).parent / "tiny_moondream2"
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # its name in from_pretrained
@@ -71,7 +71,8 @@ def test_loads_from_the_hub_without_running_its_code(tmp_path):
     for name in ("moondream.py", "configuration_moondream.py"):
         (snapshot / name).write_text("raise SystemExit('code of the hub was run')")
     code = f"""
-import torch, modeling_moondream2
+import torch
+from moondream2 import modeling_moondream2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for revision in ("{REVISION}", "2024-08-26"):
     model = AutoModelForCausalLM.from_pretrained("vikhyatk/moondream2", revision=revision, {DTYPE}=torch.bfloat16)

@@ -9,10 +9,20 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
-import optimizer as module
-from optimizer import GOLDEN, AdamW, build_optimizer, build_scheduler, join, largest_ratio, narrow, split, widen
+from moondream2 import optimizer as module
+from moondream2.optimizer import (
+    GOLDEN,
+    AdamW,
+    build_optimizer,
+    build_scheduler,
+    join,
+    largest_ratio,
+    narrow,
+    split,
+    widen,
+)
+from tests.conftest import ROOT
 
 
 def whole(optimizer, p):
@@ -155,7 +165,7 @@ def test_parts_are_updated_as_a_whole_is(monkeypatch):
 
 COMPILED = """
 import torch
-import optimizer
+from moondream2 import optimizer
 def trained():
     torch.manual_seed(0)
     shapes = [(60, 70), (50,), (64, 64), (4099,), (3000,), (8, 8), (300, 41)]

@@ -15,9 +15,9 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-import report
-from flags import InputError
-from report import scores_of, verdict, warnings, write_report
+from moondream2 import report
+from moondream2.cli import InputError
+from moondream2.report import scores_of, verdict, warnings, write_report
 
 EVIL = "</script><script>window.evil = 1</script>\"'><img src=nothing onerror='window.evil = 1'>{{ 7 * 7 }}"
 CHROMIUM_OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage

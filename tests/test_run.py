@@ -8,14 +8,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, make_run, run_python
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
-import loading
-from flags import InputError
-from loading import load_model, load_tokenizer
-from scoring import baseline_accuracy, is_correct
+from moondream2 import loading
+from moondream2.cli import InputError
+from moondream2.loading import load_model, load_tokenizer
+from moondream2.scoring import baseline_accuracy, is_correct
+from tests.conftest import ROOT, TINY, make_run, run_python
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,9 @@ def test_tensorboard_has_steps_and_epochs(sample):
 
 def test_asking_from_the_shell(sample, tmp_path):
     def ask(*words):
-        return subprocess.run([sys.executable, ROOT / "ask.py", *words], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", "moondream2.ask", *words], cwd=ROOT, capture_output=True, text=True
+        )
 
     line = json.loads((sample[0] / "predictions.jsonl").read_text().splitlines()[0])
     done = ask(sample[0], line["image_path"], line["question"])
@@ -163,9 +165,10 @@ def test_asking_from_the_shell(sample, tmp_path):
 def test_without_the_hub_it_says_what_to_do(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import finetune_moondream, flags
+import finetune_moondream
+from moondream2 import cli
 sys.argv = ["finetune_moondream.py", "--output_dir", "out"]
-flags.run(finetune_moondream.main)
+cli.run(finetune_moondream.main)
 """
     shutil.copy(ROOT / "valid.jsonl", tmp_path / "train.jsonl")
     shutil.copy(ROOT / "valid.jsonl", tmp_path / "valid.jsonl")

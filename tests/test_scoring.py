@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scoring import accuracy, baseline_accuracy, is_correct, most_frequent_answers, normalize
+from moondream2.scoring import accuracy, baseline_accuracy, is_correct, most_frequent_answers, normalize
 
 
 @pytest.mark.parametrize(

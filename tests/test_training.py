@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import collator, dataset, make_run
 from torch.nn import functional as F
 
 import finetune_moondream as script
-from flags import InputError
-from modeling_moondream2 import prompt_text
-from pictures import pixels_of
+from moondream2.cli import InputError
+from moondream2.modeling_moondream2 import prompt_text
+from moondream2.pictures import pixels_of
+from tests.conftest import collator, dataset, make_run
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from flags import InputError
-from processes import any_says, from_main
+from moondream2.cli import InputError
+from moondream2.launch import any_says, from_main
 
 
 def sync(path):

@@ -14,9 +14,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from checkpoints import write_text
-from modeling_moondream2 import upright_rgb
-from pictures import PictureError, open_picture
+from moondream2.checkpoints import write_text
+from moondream2.modeling_moondream2 import upright_rgb
+from moondream2.pictures import PictureError, open_picture
 
 MOST_PICTURES = 300  # on the page; some 6 MB
 THUMBNAIL = (320, 240)  # pixels at most, width and height

@@ -1,7 +1,7 @@
 """Asks a saved model about a picture, or scores it on a whole file of questions, without training.
 
-python ask.py moondream_crosswalks_finetuned images/valid_001.jpg "Is there a crossing?" "Is a car waiting?"
-python ask.py moondream_crosswalks_finetuned valid.jsonl
+python -m moondream2.ask moondream_crosswalks_finetuned images/valid_001.jpg "Is there a crossing?" "Is a car waiting?"
+python -m moondream2.ask moondream_crosswalks_finetuned valid.jsonl
 """
 
 import argparse
@@ -13,14 +13,14 @@ import transformers
 from accelerate import Accelerator
 
 import finetune_moondream as script
-from checkpoints import Progress, write_text
-from features import FeatureStore
-from flags import InputError, run
-from loading import load_model, load_tokenizer
-from model_card import machine, predictions
-from modeling_moondream2 import preprocess
-from pictures import PictureError, open_picture
-from report import write_report
+from moondream2.card import machine, predictions
+from moondream2.checkpoints import Progress, write_text
+from moondream2.cli import InputError, run
+from moondream2.features import FeatureStore
+from moondream2.loading import load_model, load_tokenizer
+from moondream2.modeling_moondream2 import preprocess
+from moondream2.pictures import PictureError, open_picture
+from moondream2.report import write_report
 
 
 def ask(model, tokenizer, path, questions):

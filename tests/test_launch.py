@@ -12,14 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from child import Children
-from conftest import ROOT, TINY
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import batching
-from batching import StepSampler
-from launched import failing, in_bfloat16, in_float32, sharded, sharded_in_bfloat16, variables_of
+from moondream2 import rows as batching
+from moondream2.rows import StepSampler
+from tests.child import Children
+from tests.conftest import ROOT, TINY
+from tests.launched import failing, in_bfloat16, in_float32, sharded, sharded_in_bfloat16, variables_of
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def trained(processes, flags, folder, setup=in_float32, **changes):
 
 
 def environment(setup):
-    return variables_of(ROOT / "fsdp.yaml") if setup in (sharded, sharded_in_bfloat16) else {}
+    return variables_of(ROOT / "moondream2" / "fsdp.yaml") if setup in (sharded, sharded_in_bfloat16) else {}
 
 
 def notes(folder, processes):
@@ -162,8 +162,8 @@ def test_the_work_is_even():
 @pytest.mark.skipif(subprocess.run(["unshare", "--net", "true"]).returncode != 0, reason="no right to a namespace")
 def test_gradients_are_sent_once_a_step():
     """Bytes on the wire: what a ring sends of the gradients, and 2% for everything else, accumulating or not."""
-    command = [sys.executable, ROOT / "tests" / "scaling.py", "--grad_accum_steps", "2", "--epochs", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.scaling", "--grad_accum_steps", "2", "--epochs", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("{")]
     figures = json.loads(line)
     sent, gradients = figures["bytes sent a step, all processes"], figures["bytes of gradients"]

@@ -2,7 +2,7 @@
 
 import json
 
-from flags import InputError
+from moondream2.cli import InputError
 
 FIELDS = ("image_path", "question", "answer")
 

@@ -5,7 +5,7 @@ import textwrap
 import unicodedata
 from collections import Counter, defaultdict
 
-from scoring import baseline_accuracy, normalize
+from moondream2.scoring import baseline_accuracy, normalize
 
 FIRST_PLACES = 3  # that a warning or a reason for skipping names
 TOP_ANSWERS = 10

@@ -7,8 +7,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from flags import InputError
-from modeling_moondream2 import MoondreamConfig
+from moondream2.cli import InputError
+from moondream2.modeling_moondream2 import MoondreamConfig
 
 HUB_ID, HUB_REVISION = "vikhyatk/moondream2", "92d3d73b6fd61ab84d9fe093a9c7fd8c04bf2c0d"
 
@@ -55,8 +55,8 @@ def explained(model_id):
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"cannot load {model_id}: {first_line(error)} Where there is no network, fetch it elsewhere by "
-            f"`hf download {HUB_ID} --revision {HUB_REVISION} --local-dir moondream2`, copy it and give its path "
-            "as --model_id; --model_id tests/tiny_moondream2 runs without the hub"
+            f"`hf download {HUB_ID} --revision {HUB_REVISION} --local-dir moondream2-weights`, copy it and give its "
+            "path as --model_id; --model_id tests/tiny_moondream2 runs without the hub"
         ) from None
     except (ValueError, KeyError, RuntimeError) as error:
         raise wrong_model(model_id, first_line(error)) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from modeling_moondream2 import preprocess, upright_rgb
+from moondream2.modeling_moondream2 import preprocess, upright_rgb
 
 # A bomb is a small file that unpacks to gigabytes. From this size on Pillow warns; here it is an error.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_summary import cell, format_table, summarize
+from moondream2.summary import cell, format_table, summarize
 
 
 def dataset(name, lines, sizes=None, skipped=()):

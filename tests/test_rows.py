@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from batching import PREFIX, StepSampler, whole_rows
+from moondream2.rows import PREFIX, StepSampler, whole_rows
 
 DRAW = random.Random(7)
 COUNTS = [1, 4, 9, 2, 2, 7, 1, 3, 12, 5]  # questions on each picture

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 import finetune_moondream as script
-import flags
-from flags import InputError
+from moondream2 import cli
+from moondream2.cli import InputError
+from tests.conftest import ROOT
 
 NAMES = [name for name in vars(script)["__annotations__"] if name.isupper()]
 NUMBERS = [
@@ -18,7 +18,7 @@ NUMBERS = [
 
 
 def parse(*argv, **constants):
-    return flags.parse({**vars(script), **constants}, argv, script.MAY_BE_ZERO, script.BELOW_ONE, script.CHOICES)
+    return cli.parse({**vars(script), **constants}, argv, script.MAY_BE_ZERO, script.BELOW_ONE, script.CHOICES)
 
 
 def test_without_flags_the_constants_hold():
@@ -93,7 +93,7 @@ def test_help_lists_every_constant_with_default_and_reason(capsys):
         parse("--help")
     assert done.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    reasons = flags.comments(ROOT / "finetune_moondream.py")
+    reasons = cli.comments(ROOT / "finetune_moondream.py")
     for name in NAMES:
         assert f"--{name.lower()} " in text
         assert reasons[name] and " ".join(reasons[name].split()) in text
@@ -114,7 +114,7 @@ def test_what_a_person_can_mend_is_one_line(error, line):
         raise error
 
     with pytest.raises(SystemExit) as done:
-        flags.run(main)
+        cli.run(main)
     assert done.value.code == line
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch.distributed.fsdp import FSDPModule
 
-from flags import InputError
+from moondream2.cli import InputError
 
 LONGEST_WAIT = timedelta(hours=6)  # for one that fetches the model or reads the data; a dead one is noticed at once
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -29,12 +29,14 @@ def start(**arguments):
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise InputError(
-            f"launched for {kind.value}: several GPUs train by DDP, or by FSDP with --config_file fsdp.yaml"
+            f"launched for {kind.value}: several GPUs train by DDP, or by FSDP with --config_file moondream2/fsdp.yaml"
         )
     if kind == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
-            raise InputError("this FSDP configuration is not one that the run is made for: use --config_file fsdp.yaml")
+            raise InputError(
+                "this FSDP configuration is not one that the run is made for: use --config_file moondream2/fsdp.yaml"
+            )
     return accelerator
 
 

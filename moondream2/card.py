@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from scoring import is_correct
+from moondream2.scoring import is_correct
 
 
 def how_to_ask(folder, example):

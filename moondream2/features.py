@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import leave_signals, write_whole
-from flags import InputError
-from pictures import PictureError, pixels_of
+from moondream2.checkpoints import leave_signals, write_whole
+from moondream2.cli import InputError
+from moondream2.pictures import PictureError, pixels_of
 
 LONGEST_WRITE = 24 * 60 * 60  # seconds
 # Pictures that go through the encoder together: always the same ones, though some be stored already, so that a resumed

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 import torch
 from torch.nn import functional as F
 
-from modeling_moondream2 import lay_out_rows
-from pictures import PictureError, pixels_of
+from moondream2.modeling_moondream2 import lay_out_rows
+from moondream2.pictures import PictureError, pixels_of
 
 PREFIX = 730  # positions of a row before its first question: what a row costs at least
 
