@@ -38,12 +38,11 @@ from moondream2.checkpoints import (
     refuse_finished,
     resume_or_start,
     settings_of,
-    write_text,
-    write_whole,
 )
 from moondream2.cli import InputError
 from moondream2.data import read_lines
 from moondream2.features import FeatureStore, keep_features
+from moondream2.files import write_text, write_whole
 from moondream2.launch import from_main, gather, one_speaks, share, start, whole_weights
 from moondream2.loading import load_model, load_tokenizer
 from moondream2.modeling_moondream2 import Moondream, prompt_text, row_mask

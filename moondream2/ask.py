@@ -14,9 +14,10 @@ from accelerate import Accelerator
 
 import finetune_moondream as script
 from moondream2.card import machine, predictions
-from moondream2.checkpoints import Progress, write_text
+from moondream2.checkpoints import Progress
 from moondream2.cli import InputError, run
 from moondream2.features import FeatureStore
+from moondream2.files import write_text
 from moondream2.loading import load_model, load_tokenizer
 from moondream2.modeling_moondream2 import preprocess
 from moondream2.pictures import PictureError, open_picture

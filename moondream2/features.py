@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from moondream2.checkpoints import leave_signals, write_whole
+from moondream2.checkpoints import leave_signals
 from moondream2.cli import InputError
+from moondream2.files import write_whole
 from moondream2.pictures import PictureError, pixels_of
 
 LONGEST_WRITE = 24 * 60 * 60  # seconds

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moondream2.checkpoints import write_text
+from moondream2.files import write_text
 from moondream2.modeling_moondream2 import upright_rgb
 from moondream2.pictures import PictureError, open_picture
 

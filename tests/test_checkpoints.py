@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
 from moondream2 import checkpoints, features, optimizer
-from moondream2.checkpoints import Interrupted, Stop, move_into, only_run_in, write_text, write_whole
+from moondream2.checkpoints import Interrupted, Stop, move_into, only_run_in
 from moondream2.cli import InputError
+from moondream2.files import write_text, write_whole
 from tests.child import Child
 from tests.conftest import TINY, dataset, make_run
 
