@@ -1,18 +1,33 @@
 """Every constant of a script's block is also a flag of the same name in lower case.
 
-A constant is an annotated name in capitals, `EPOCHS: int = 5  # passes over the training data`: the annotation is its
-type, the comment behind it its help text.
+A constant is an annotated name in capitals, `EPOCHS: PositiveInt = 5  # passes over the training data`: the annotation
+says which values it may have, the comment behind it is its help. A comment line that ends in dashes,
+`# The machine ------`, is the heading of the constants below it, in the file as in `--help`.
 """
 
 import argparse
 import difflib
-import io
-import math
+import re
 import sys
 import tokenize
+from itertools import groupby
 from pathlib import Path
 from types import NoneType, SimpleNamespace
-from typing import get_args, get_origin
+from typing import Annotated, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+Value = TypeVar("Value")
+MayChange = Annotated[Value, "may change"]  # a run that goes on from a checkpoint may have another value
+Share = Annotated[float, Field(gt=0, lt=1)]
+CONFIG = ConfigDict(allow_inf_nan=False, str_strip_whitespace=True, str_min_length=1)  # no NaN, no empty text
+PLAIN_WORDS = {  # in place of pydantic's
+    "a valid integer": "a whole number",
+    "a valid string": "a text",
+    "a valid boolean": "True or False",
+    "a valid tuple": "numbers with a comma between them",
+    "Field required": "Tuple should have more items",
+}
 
 
 class InputError(Exception):
@@ -24,99 +39,91 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parse(module, argv, may_be_zero=(), below_one=(), choices=None):
-    """The constants of a module's namespace, overridden by the flags in `argv`, as attributes in lower case.
+def parse(module, argv):
+    """The constants of a module, overridden by the flags in `argv`, as attributes in lower case.
 
-    Args:
-        module: the script's `globals()`.
-        argv: the command line's words.
-        may_be_zero: names of the numbers that may be 0; all others are more than that.
-        below_one: names of the numbers that are less than 1.
-        choices: {name: the values that it may have}.
     Raises:
-        InputError: an unknown flag, or a value that is not of the constant's type or range, in `argv` or in the block.
+        InputError: an unknown flag, or a value that its annotation does not allow, in `argv` or in the module.
     """
-    types = {name: kind for name, kind in module["__annotations__"].items() if name.isupper()}
-    helps = comments(Path(module["__file__"]))
-    parser = Parser(
-        prog=Path(module["__file__"]).name,
-        description=f"{module['__doc__'].splitlines()[0]} Each flag is a constant at the top of the file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    for name in types:
-        text = helps.get(name, "").replace("%", "%%")
-        parser.add_argument(f"--{name.lower()}", default=module[name], help=text, metavar="")
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        like = difflib.get_close_matches(flag, [f"--{name.lower()}" for name in types], n=1)
-        hint = f"did you mean {like[0]}?" if like else "--help lists all flags"
-        raise InputError(f"unknown flag {flag}: {hint}")
-
-    given = {word.split("=")[0] for word in argv}
+    flags = read_flags(module, argv)
+    plain = get_type_hints(module)  # without what Annotated adds
     values = {}
-    for name, kind in types.items():
-        value = getattr(arguments, name.lower())
-        if f"--{name.lower()}" in given:
-            value = from_text(name, value, kind)
-        limit = 1 if name in below_one else math.inf
-        check(name, value, kind, name in may_be_zero, limit, (choices or {}).get(name))
-        values[name.lower()] = value
+    for name, kind in annotations(module).items():
+        flag = name.lower()
+        value = from_text(flags[flag], plain[name]) if flag in flags else getattr(module, name)
+        try:
+            values[flag] = TypeAdapter(kind, config=CONFIG).validate_python(value, strict=flag not in flags)
+        except ValidationError as error:
+            said = flags.get(flag) or repr(value)
+            raise InputError(f"{name} {in_plain_words(error.errors()[0]['msg'])}, not {said}") from None
     return SimpleNamespace(**values)
 
 
-def comments(path):
-    """{name: the comment behind it} for the lines of a file that begin with a name in capitals."""
-    found = {}
-    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
-        name = token.line.split(":")[0]
-        if token.type == tokenize.COMMENT and name.isupper() and name.isidentifier():
-            found[name] = token.string.lstrip("# ")
+def may_change(module):
+    """The names of the constants that may have another value when a run goes on from a checkpoint."""
+    return {name for name, kind in annotations(module).items() if "may change" in getattr(kind, "__metadata__", ())}
+
+
+def annotations(module):
+    """{name: annotation} of the constants."""
+    hints = get_type_hints(module, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name.isupper()}
+
+
+def read_flags(module, argv):
+    """{flag: text} of the flags that `argv` gives; the last one counts."""
+    parser = Parser(
+        prog=Path(module.__file__).name,
+        usage="%(prog)s [--name value ...]",
+        description=f"{module.__doc__.splitlines()[0]} Each flag is a constant at the top of the file.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    names, kinds, found = list(annotations(module)), get_type_hints(module), comments(module)
+    for heading, group in groupby(names, lambda name: found[name][0]):
+        arguments = parser.add_argument_group(heading)
+        for name in group:
+            text = f"{found[name][1]} (default: {getattr(module, name)})".replace("%", "%%")
+            parts = kinds[name], *get_args(kinds[name])
+            choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+            arguments.add_argument(f"--{name.lower()}", help=text, metavar="|".join(choices))
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        like = difflib.get_close_matches(flag.lower(), [f"--{name.lower()}" for name in names], n=1)
+        hint = f"did you mean {like[0]}?" if like else "--help lists all flags"
+        raise InputError(f"unknown flag {flag}: {hint}")
+    return vars(flags)
+
+
+def comments(module):
+    """{name: (heading, comment)} for each name that begins a line of the module's file."""
+    found, heading, name = {}, None, None
+    with tokenize.open(module.__file__) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            begins_line = token.start[1] == 0
+            if token.type == tokenize.NAME and begins_line:
+                name = token.string
+                found[name] = heading, ""
+            elif token.type == tokenize.COMMENT and not begins_line:
+                found[name] = heading, token.string.lstrip("# ")
+            elif title := re.fullmatch("# (.+?) -{3,}", token.string):
+                heading = title[1]
     return found
 
 
-def from_text(name, text, kind):
-    """A flag's text as the constant's type; "none" where a constant may be None."""
-    kinds = get_args(kind) if NoneType in get_args(kind) else (kind,)
-    if NoneType in kinds and text.lower() == "none":
+def from_text(text, kind):
+    """A flag's text in the form that pydantic converts: None for "none" where it is allowed, a tuple's items apart."""
+    if text.lower() == "none" and NoneType in get_args(kind):
         return None
-    kind = kinds[0]
-    if kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        if get_origin(kind) is tuple:
-            return tuple(float(part) for part in text.strip("()").split(","))
-        return text if kind is bool else kind(text)
-    except ValueError:
-        return text  # of the wrong type, which check() says
+    return tuple(text.strip("()").split(",")) if get_origin(kind) is tuple else text
 
 
-def check(name, value, kind, may_be_zero, limit, choices):
-    """Raises InputError unless `value` is of the annotated type, in range, under `limit`, and one of the choices."""
-    kinds = get_args(kind) if NoneType in get_args(kind) else (kind,)
-    if value is None and NoneType in kinds:
-        return
-    kind = kinds[0]
-    parts = value if get_origin(kind) is tuple and isinstance(value, tuple) else (value,)
-    part_kinds = get_args(kind) if get_origin(kind) is tuple else (kind,)
-    wanted = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}.get(kind, "two numbers")
-    wanted += " or None" if NoneType in kinds else ""
-    if len(parts) != len(part_kinds):
-        raise InputError(f"{name} must be {wanted}, not {value!r}")
-    for part, part_kind in zip(parts, part_kinds, strict=True):
-        is_number = part_kind in (int, float)
-        accepted = (int, float) if part_kind is float else part_kind
-        if not isinstance(part, accepted) or (is_number and isinstance(part, bool)):
-            raise InputError(f"{name} must be {wanted}, not {value!r}")
-        if is_number and not (part < limit and (part > 0 or (may_be_zero and part == 0))):
-            scope = "0 or more" if may_be_zero else "more than 0"
-            scope += f" and less than {limit}" if limit < math.inf else ""
-            raise InputError(f"{name} must be {wanted}, {scope}, not {value!r}")
-        if part_kind is str and not part.strip():
-            raise InputError(f"{name} must not be empty")
-    if choices and value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+def in_plain_words(message):
+    """Makes pydantic's "Input should be a valid integer, unable to parse string" a "must be a whole number"."""
+    for words, plain in PLAIN_WORDS.items():
+        message = message.replace(words, plain)
+    return re.sub("^.+? should (.+?)(, (unable|got) .+| after validation.*)?$", r"must \1", message)
 
 
 def run(main):
