@@ -1,30 +1,31 @@
 """The store of picture features: what the frozen vision encoder says of a picture, computed once and kept on disk.
 
-A picture's features lie in a file of their own, named by the picture's content, in a folder named by the encoder's
-weights. So the next run starts at once, a changed picture or model is encoded anew, and runs may share the folder.
+A picture's features lie in a file of their own, named by the picture's content, in a folder named by all that decides
+them. So the next run starts at once, a changed picture or model is encoded anew, and runs may share the folder.
 """
 
 import contextlib
 import hashlib
+import json
 import os
+import re
 import shutil
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
+import PIL
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from moondream2.checkpoints import leave_signals
-from moondream2.cli import InputError
 from moondream2.files import write_whole
-from moondream2.pictures import PictureError, pixels_of
+from moondream2.launch import gather
+from moondream2.modeling_moondream2 import PIXELS_VERSION
+from moondream2.pictures import BrokenPicture, PictureError, pixels_of, read_ahead
 
-LONGEST_WRITE = 24 * 60 * 60  # seconds
 # Pictures that go through the encoder together: always the same ones, though some be stored already, so that a resumed
 # pass computes the same bits.
 CHUNK = 8
@@ -33,24 +34,25 @@ CHUNK = 8
 class FeatureStore:
     """Features by picture key, (729, 2048) each, memory-mapped when read; `folder` None keeps nothing.
 
-    A store that `is_full` takes nothing more. An entry carries a checksum; one that is damaged, of another shape or
-    half-written counts as missing.
+    An entry carries a checksum; one that is damaged, of another shape or half-written counts as missing. Beside them
+    lies why a picture can't be decoded, where that was found. The model is on the device that it is to work on.
     """
 
-    def __init__(self, folder, vision_encoder, shape):
-        self.shape = tuple(shape)
-        self.dtype = vision_encoder.projection["mlp"].fc1.weight.dtype
+    def __init__(self, folder, model):
+        encoder, config = model.vision_encoder, model.config
+        weight = encoder.projection["mlp"].fc1.weight
+        self.shape, self.dtype = (config.image_tokens, config.text_config.hidden_size), weight.dtype
         self.entry_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
-        self.key = weights_key(vision_encoder.state_dict())
+        self.preprocess, self.is_pinned = encoder.preprocess, weight.is_cuda
+        self.key = encoder_key(encoder, config.vision_config)
         self.folder = None if folder is None else Path(folder) / self.key
-        self.is_full = folder is None
 
     def path(self, key):
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    @property
-    def encoder(self):
-        return self.folder / "encoder.safetensors"
+    def reason_path(self, key):
+        """Another version of Pillow may decode what this one can't: each has its own say."""
+        return self.path(key).with_suffix(f".pillow-{PIL.__version__}.txt")
 
     def __contains__(self, key):
         """Whether an entry of the right size is there; only `load` reads it."""
@@ -59,16 +61,32 @@ class FeatureStore:
         return False
 
     def load(self, key):
-        """The features of a picture, or None where there are none or they are damaged."""
+        """The features of a picture; None where there are none. A damaged entry goes: the next start makes another."""
         if key not in self:
             return None
-        try:
-            with safe_open(self.path(key), framework="pt") as file:
-                features, checksum = file.get_tensor("features"), file.metadata()["crc32"]
-        except (OSError, SafetensorError, KeyError, TypeError):
-            return None
-        is_whole = features.shape == self.shape and features.dtype == self.dtype and crc32(features) == checksum
-        return features if is_whole else None
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(SafetensorError, KeyError, TypeError):
+                with safe_open(self.path(key), framework="pt") as file:
+                    features, checksum = file.get_tensor("features"), file.metadata()["crc32"]
+                if features.shape == self.shape and features.dtype == self.dtype and crc32(features) == checksum:
+                    return features
+            self.path(key).unlink()
+        return None
+
+    def read(self, picture):
+        """(features, None) of a picture or, where none are stored, (None, pixels): what `image_embeds` takes.
+
+        Raises:
+            PictureError: they are needed, and its file is gone, broken or another one.
+        """
+        features = self.load(picture.key)
+        if features is None:
+            return None, self.pixels(picture)
+        return features.pin_memory() if self.is_pinned else features, None
+
+    def pixels(self, picture):
+        pixels = pixels_of(picture, self.preprocess)
+        return pixels.pin_memory() if self.is_pinned else pixels
 
     def save_all(self, features):
         """Stores the features {key: tensor} that are not stored yet."""
@@ -77,127 +95,165 @@ class FeatureStore:
                 self.save(key, each)
 
     def save(self, key, features):
-        if not self.is_full:
-            features = features.cpu().contiguous()
-            self.path(key).parent.mkdir(parents=True, exist_ok=True)
-            with write_whole(self.path(key)) as path:
-                save_file({"features": features}, path, metadata={"crc32": crc32(features)})
+        features = features.cpu().contiguous()
+        self.path(key).parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(self.path(key), durable=False) as path:
+            save_file({"features": features}, path, metadata={"crc32": crc32(features)})
 
-    def tidy(self):
-        """Removes what runs that were killed while they wrote have left here; a run that still writes is quicker."""
-        for part in self.folder.rglob(".*.part"):
-            with contextlib.suppress(OSError):  # another run's
-                if time.time() - part.stat().st_mtime > LONGEST_WRITE:
-                    part.unlink()
+    def save_reason(self, key, reason):
+        self.reason_path(key).parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(self.reason_path(key), durable=False) as path:
+            path.write_text(reason, encoding="utf-8")
 
-    def has_encoder(self):
-        """Whether the encoder's weights lie whole beside its features."""
-        with contextlib.suppress(OSError, SafetensorError):
-            return weights_key(load_file(self.encoder)) == self.key
-        return False
+    def reason(self, key):
+        """Why a picture can't be decoded, if that is known; else None."""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return self.folder and self.reason_path(key).read_text(encoding="utf-8")
+        return None
 
-    def keep_encoder(self, vision_encoder):
-        with write_whole(self.encoder) as path:
-            save_file(vision_encoder.state_dict(), path)
+    def has_room(self, count, show):
+        """Whether the features of `count` more pictures fit on the disk; what they take is said before."""
+        if self.folder is None or not count:
+            return not count
+        self.folder.mkdir(parents=True, exist_ok=True)
+        need, free = count * self.entry_bytes, shutil.disk_usage(self.folder).free
+        if show:
+            gb = need / 1e9
+            print(f"Encoding {count:,} pictures into {self.folder} ({gb:,.3f} GB, {free / 1e9:,.1f} free)")
+        if show and need > free:
+            print("That does not fit: each of them will be encoded whenever it is needed instead.")
+        return need <= free
 
-    def set_aside(self, vision_encoder):
-        """Maps the encoder's weights from that file: they take no memory, on no device, until they are asked for."""
-        vision_encoder.load_state_dict(load_file(self.encoder), assign=True)
+    def others(self):
+        """(folder, bytes) of each store beside this one."""
+        beside = sorted(self.folder.parent.glob("*")) if self.folder else []
+        for folder in beside:
+            if folder != self.folder and folder.is_dir() and re.fullmatch("[0-9a-f]{16}", folder.name):
+                files = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)  # noqa: PTH118
+                yield folder, sum(os.lstat(file).st_size for file in files)
 
 
 def crc32(tensor):
     return str(zlib.crc32(tensor.view(torch.uint8).numpy()))
 
 
-def weights_key(weights):
-    """A name for a state dict: its names, their types and shapes, and what is in them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
+def encoder_key(encoder, config):
+    """A name for all that decides what an encoder says of a picture: weights, configuration, how pixels are made."""
+    settings = {name: getattr(config, name) for name in config.defaults}
+    digest = hashlib.sha256(json.dumps([PIXELS_VERSION, settings]).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
-class Decoded(torch.utils.data.Dataset):
-    """Chunks of pictures, decoded by the loader's workers: lists of (picture, pixels or PictureError)."""
+@torch.no_grad()
+def image_embeds(reads, vision_encoder, device):
+    """The features (pictures, 729, 2048) of what `store.read` gave of some pictures, on `device`; None of none.
 
-    def __init__(self, chunks, encoder):
-        self.chunks, self.image_size, self.tile_from = chunks, encoder.image_size, encoder.tile_from
-
-    def __len__(self):
-        return len(self.chunks)
-
-    def __getitem__(self, i):
-        return [(picture, self.decode(picture)) for picture in self.chunks[i]]
-
-    def decode(self, picture):
-        try:
-            return pixels_of(picture, self)
-        except PictureError as error:
-            return error
+    What came as pixels is encoded, where the encoder is, and not stored: training never waits for a disk.
+    """
+    pixels = [pixels for features, pixels in reads if features is None]
+    encoded = iter(vision_encoder(pixels) if pixels else ())
+    features = [next(encoded) if features is None else features for features, _ in reads]
+    is_cuda = torch.device(device).type == "cuda"  # which keeps what it copies from until it has; others may not
+    return torch.stack([each.to(device, non_blocking=is_cuda) for each in features]) if features else None
 
 
 @torch.no_grad()
-def encode_pictures(pictures, vision_encoder, store, workers=0, share=(0, 1), check_stop=lambda: None, show=True):
-    """Encodes and stores the pictures that are not stored yet; returns whether the store is there to be used.
+def encode_pictures(chunks, vision_encoder, store, together=iter, show=True):
+    """Encodes and stores pictures; returns {key: reason} of those that can't be used.
 
     Args:
-        pictures: list of Picture, distinct by key.
-        share: (this process, processes): which of the chunks this process sees to.
-        check_stop: called between chunks; raises to end the pass, which a later run goes on with.
+        chunks: lists of Picture, each to go through the encoder at once.
+        together: goes through the chunks in step with other processes; it may raise to end the pass, which a later
+            run goes on with.
     """
-    if store.folder is None:
-        return False
-    store.tidy()
-    missing = sum(picture.key not in store for picture in pictures)
-    if not missing:
-        return True
-    chunks = [pictures[i : i + CHUNK] for i in range(0, len(pictures), CHUNK)][share[0] :: share[1]]
-    chunks = [chunk for chunk in chunks if any(picture.key not in store for picture in chunk)]
-    store.folder.mkdir(parents=True, exist_ok=True)
-    weights = 0 if store.encoder.exists() else sum(p.nbytes for p in vision_encoder.parameters())
-    need, free = missing * store.entry_bytes, shutil.disk_usage(store.folder).free
-    if show:
-        gb = (need + weights) / 1e9
-        print(f"Encoding {missing:,} pictures into {store.folder} ({gb:,.3f} GB, {free / 1e9:,.1f} free)")
-    if need > free:
-        if show:
-            print("That does not fit: each of them will be encoded whenever it is needed instead.")
-        return False
-    is_cuda = next(vision_encoder.parameters()).is_cuda
-    options = {"num_workers": workers, "pin_memory": is_cuda, "worker_init_fn": leave_signals}
-    loader = DataLoader(Decoded(chunks, vision_encoder), None, **options)
-    with ThreadPoolExecutor(1) as writer:  # the device goes on while the chunk before is written
+
+    def decode(picture):
+        try:
+            return store.pixels(picture)
+        except PictureError as error:
+            return error
+
+    unusable = {}
+    read = read_ahead(decode, chain(*chunks), ahead=2 * CHUNK)
+    # The device goes on while the chunk before is written.
+    with contextlib.closing(read) as decoded, ThreadPoolExecutor(1) as writer:
         written = writer.submit(int)
-        for chunk in tqdm(loader, "Encoding", unit=" batches", disable=not show):
-            check_stop()
-            usable = {picture.key: pixels for picture, pixels in chunk if torch.is_tensor(pixels)}
+        for chunk in together(tqdm(chunks, "Encoding", unit=" batches", disable=not (show and chunks))):
+            pixels = {picture.key: next(decoded) for picture in chunk}
+            for key, error in pixels.items():
+                if isinstance(error, PictureError):
+                    unusable[key] = str(error)
+                if isinstance(error, BrokenPicture):
+                    store.save_reason(key, str(error))
+            usable = {key: each for key, each in pixels.items() if key not in unusable}
             features = vision_encoder(list(usable.values())).cpu() if usable else []
             written.result()  # raises what went wrong in it
             written = writer.submit(store.save_all, dict(zip(usable, features, strict=True)))
         written.result()
-    return True
+    return unusable
 
 
-def keep_features(pictures, vision_encoder, store, accelerator, workers, check_stop):
-    """Encodes all pictures, shared out among the processes; where they can't be stored each is encoded when needed.
+def decode_pictures(pictures, store, together, show):
+    """{key: reason} of the pictures that can't be used: each is decoded, to know that it can be."""
 
-    Once they are stored the encoder has said all that it will be asked, and leaves memory to the text model.
+    def reason(picture):
+        try:
+            pixels_of(picture, store.preprocess)
+        except PictureError as error:
+            return str(error)
+
+    with contextlib.closing(read_ahead(reason, pictures)) as reasons:
+        found = {}
+        bar = tqdm(pictures, "Decoding", unit=" pictures", leave=False, disable=not (show and pictures))
+        for picture in together(bar):
+            found[picture.key] = next(reasons)
+    return {key: reason for key, reason in found.items() if reason is not None}
+
+
+def keep_features(pictures, vision_encoder, store, accelerator, together):
+    """Encodes the pictures that are not stored yet, shared out among the processes.
+
+    Where they can't be stored, each is decoded instead, to know that it can be. Once all are stored the encoder has
+    said all that it will be asked, and leaves a GPU's memory to the text model.
+
+    Args:
+        pictures: list of Picture, distinct by key.
+        together: as of `encode_pictures`.
+    Returns:
+        {key: reason} of the pictures that can't be used, the same in all processes.
     """
-    workers = workers if accelerator.device.type == "cuda" else 0
+    show = accelerator.is_main_process
+    for folder, size in store.others() if show else ():
+        print(f"{folder} ({size / 1e9:,.3f} GB) is of another model or version: delete it if nothing else needs it")
+    missing = [picture for picture in pictures if picture.key not in store]
+    unusable = {picture.key: reason for picture in missing if (reason := store.reason(picture.key))}
+    has_room = store.has_room(len(missing) - len(unusable), show)
+    unusable = dict(gather(list(unusable.items())))  # by now all have counted what is missing, and one may write
+
+    def still_missing():
+        return [picture for picture in missing if picture.key not in store and picture.key not in unusable]
+
     everyone = accelerator.process_index, accelerator.num_processes
     this_machine = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    for share in (everyone, this_machine):  # the second finds nothing to do, unless machines don't share the folder
-        show = accelerator.is_main_process and share is everyone
-        is_kept = encode_pictures(pictures, vision_encoder, store, workers, share, check_stop, show)
-        accelerator.wait_for_everyone()
-    if is_kept and accelerator.is_local_main_process and not store.has_encoder():
-        try:
-            store.keep_encoder(vision_encoder)
-        except InputError as error:
-            print(f"{error}: the vision encoder stays in memory")
-    accelerator.wait_for_everyone()
-    if not is_kept:
-        store.is_full = True
-    elif store.has_encoder():
-        store.set_aside(vision_encoder)
+    for i, processes in (everyone, this_machine):  # the second has work only where machines don't share the folder
+        missing = still_missing()
+        chunks = chunks_with(missing, pictures)[i::processes] if has_room else []
+        found = encode_pictures(chunks, vision_encoder, store, together, show)
+        unusable |= dict(gather(list(found.items())))
+
+    missing = still_missing()
+    i, processes = everyone
+    found = decode_pictures(missing[i::processes], store, together, show)
+    if not missing:
+        vision_encoder.to("cpu")
+    return unusable | dict(gather(list(found.items())))
+
+
+def chunks_with(missing, pictures):
+    """Those chunks of all pictures that hold a missing one."""
+    missing = set(missing)
+    chunks = [pictures[start : start + CHUNK] for start in range(0, len(pictures), CHUNK)]
+    return [chunk for chunk in chunks if not missing.isdisjoint(chunk)]

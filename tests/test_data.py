@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import finetune_moondream as script
-from finetune_moondream import VQADataset
 from moondream2.cli import InputError
+from moondream2.pictures import KnownPictures
 from tests.conftest import dataset, draw_picture, write_lines
 
 LINE = {"image_path": "a.png", "question": "What?", "answer": "This."}
@@ -26,13 +26,13 @@ def folder(tmp_path):
 def read(folder, content):
     path = folder / "lines.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return VQADataset(path)
+    return dataset(path)
 
 
 def test_examples_carry_their_place_and_picture(folder):
     lines = [LINE, {**LINE, "image_path": "b.png"}, {**LINE, "question": " Why? ", "answer": "\tSo. \n"}]
-    data = VQADataset(write_lines(folder / "lines.jsonl", lines))
-    assert [each.place for each in data.examples] == [f"{folder}/lines.jsonl:{n}" for n in (1, 2, 3)]
+    data = dataset(write_lines(folder / "lines.jsonl", lines))
+    assert [each.source for each in data.examples] == [f"{folder}/lines.jsonl:{n}" for n in (1, 2, 3)]
     assert (data[2].question, data[2].answer) == ("Why?", "So.")
     assert data[0].picture == data[2].picture != data[1].picture
     assert {p.path.name for p in data.pictures.values()} == {"a.png", "b.png"}
@@ -42,7 +42,7 @@ def test_examples_carry_their_place_and_picture(folder):
 def test_blank_lines_a_byte_order_mark_and_crlf_are_fine(folder):
     line = json.dumps(LINE)
     data = read(folder, f"\ufeff{line}\r\n\r\n   \n{line}\r\n")
-    assert [each.place.rsplit(":")[-1] for each in data.examples] == ["1", "4"]
+    assert [each.source.rsplit(":")[-1] for each in data.examples] == ["1", "4"]
 
 
 def test_pictures_are_found_beside_the_file_then_in_the_working_directory(folder, monkeypatch):
@@ -52,21 +52,21 @@ def test_pictures_are_found_beside_the_file_then_in_the_working_directory(folder
     draw_picture(elsewhere / "c.png", 6)
     monkeypatch.chdir(elsewhere)
     lines = [LINE, {**LINE, "image_path": "c.png"}, {**LINE, "image_path": str(folder / "b.png")}]
-    data = VQADataset(write_lines(folder / "lines.jsonl", lines))
+    data = dataset(write_lines(folder / "lines.jsonl", lines))
     paths = [data.pictures[each.picture].path.resolve() for each in data.examples]
     assert paths == [folder / "a.png", elsewhere / "c.png", folder / "b.png"]
 
 
 def test_pictures_of_the_same_content_are_one(folder):
     (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
-    data = VQADataset(write_lines(folder / "lines.jsonl", [LINE, {**LINE, "image_path": "copy.png"}]))
+    data = dataset(write_lines(folder / "lines.jsonl", [LINE, {**LINE, "image_path": "copy.png"}]))
     assert len(data) == 2 and len(data.pictures) == 1
 
 
 def make_unusable(folder):
     """Names of things that are no usable picture, and the word that says why."""
     whole = (folder / "a.png").read_bytes()
-    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "cut.png").write_bytes(whole[:20])
     (folder / "text.png").write_text("no picture")
     (folder / "empty.png").write_bytes(b"")
     (folder / "folder.png").mkdir()
@@ -78,7 +78,7 @@ def make_unusable(folder):
         "pipe.png": "not found",
         "nul\0.png": "not found",
         "long" * 100 + ".png": "not found",
-        "truncated.png": "broken",
+        "cut.png": "broken",
         "text.png": "broken",
         "empty.png": "broken",
         "bomb.png": "broken",
@@ -88,7 +88,7 @@ def make_unusable(folder):
 def test_unusable_pictures_are_skipped_and_counted(folder):
     unusable = make_unusable(folder)
     lines = [LINE, *({**LINE, "image_path": name} for name in unusable)]
-    data = VQADataset(write_lines(folder / "lines.jsonl", lines))
+    data = dataset(write_lines(folder / "lines.jsonl", lines))
     assert len(data) == 1
     assert len(data.skipped) == len(unusable)
     for number, ((place, reason), (name, why)) in enumerate(zip(data.skipped, unusable.items(), strict=True), start=2):
@@ -109,6 +109,7 @@ def test_unusable_pictures_are_skipped_and_counted(folder):
         ('{"image_path": "a.png", "question": "Q", "answer": "  "}', '"answer" is empty'),
         ('{"image_path": "", "question": "Q", "answer": "A"}', '"image_path" is empty'),
         ('{"image_path": "a.png", "question": "\\ud83d", "answer": "A"}', "lone surrogate"),
+        ('{"image_path": "a.png", "question": "\\udc00", "answer": "A"}', "lone surrogate"),
         ("[" * 100_000, "nested too deep"),
         ('{"n": ' + "9" * 5000 + "}", "not JSON"),
     ],
@@ -126,11 +127,11 @@ def test_bytes_that_are_not_utf8_are_named(folder):
 
 
 def test_malformed_lines_are_named_before_any_picture_is_looked_at(folder, tokenizer, monkeypatch):
-    monkeypatch.setattr(script, "inspect_all", lambda files: pytest.fail("pictures are looked at"))
+    monkeypatch.setattr(KnownPictures, "look_at", lambda *args: pytest.fail("pictures are looked at"))
     train, valid = write_lines(folder / "train.jsonl", [LINE]), folder / "valid.jsonl"
     valid.write_text("{")
     with pytest.raises(InputError, match="1 malformed lines in .*valid.jsonl"):
-        script.read_data(SimpleNamespace(train_file=train, valid_file=valid), tokenizer, 1000)
+        script.read_data(SimpleNamespace(train_file=train, valid_file=valid, features_dir=None), tokenizer, 1000, None)
 
 
 def test_the_first_ten_malformed_lines_are_named(folder):
@@ -145,13 +146,13 @@ def test_nothing_left_is_an_error(folder):
     with pytest.raises(InputError, match="no example that can be used"):
         read(folder, "\n\n")
     with pytest.raises(InputError, match=r"no example(.|\n)*picture not found: gone.png"):
-        VQADataset(write_lines(folder / "lines.jsonl", [{**LINE, "image_path": "gone.png"}]))
+        dataset(write_lines(folder / "lines.jsonl", [{**LINE, "image_path": "gone.png"}]))
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "."])
 def test_a_file_that_cannot_be_read_is_an_error(folder, name):
     with pytest.raises(InputError, match="cannot read"):
-        VQADataset(folder / name)
+        dataset(folder / name)
 
 
 def test_an_example_too_long_is_skipped(folder, tokenizer):
@@ -169,7 +170,7 @@ def test_an_example_too_long_is_skipped(folder, tokenizer):
 
 def test_the_sample_data_is_whole():
     root = Path(__file__).parent.parent
-    train, valid = VQADataset(root / "train.jsonl"), VQADataset(root / "valid.jsonl")
+    train, valid = dataset(root / "train.jsonl"), dataset(root / "valid.jsonl")
     assert len(train) >= 240 and len(train.pictures) >= 60
     assert len(valid) >= 80 and len(valid.pictures) >= 20
     assert not train.skipped and not valid.skipped

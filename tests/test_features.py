@@ -1,68 +1,307 @@
 """The feature store: each picture encoded once, nothing damaged ever used, nothing lost when killed."""
 
-import copy
-import errno
+import hashlib
 import json
 import os
 import shutil
-import weakref
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
 
-import finetune_moondream as script
 from moondream2 import features
-from moondream2.features import FeatureStore, encode_pictures
-from moondream2.pictures import inspect, pixels_of
-from tests.conftest import TINY, dataset, draw_picture, make_run, start_script
+from moondream2.cli import InputError
+from moondream2.features import FeatureStore, image_embeds, keep_features
+from moondream2.modeling_moondream2 import PIXELS_VERSION, preprocess
+from moondream2.pictures import PictureError, look, pixels_of
+from tests.child import free_port
+from tests.conftest import ROOT, TINY, draw_picture, start_script
 
 
 @pytest.fixture
-def train(data, tokenizer):
-    return dataset(data / "train.jsonl", tokenizer)
+def pictures(data):
+    """Those of the small training data, 8 of them."""
+    return [look(data / f"{number}.png") for number in range(8)]
 
 
 @pytest.fixture
 def store(tiny, tmp_path):
-    return FeatureStore(tmp_path / "features", tiny.vision_encoder, (81, tiny.config.text_config.hidden_size))
+    return FeatureStore(tmp_path / "features", tiny)
 
 
 @pytest.fixture
-def encoded(tiny, monkeypatch):
+def keep(tiny):
+    """`keep(pictures, store)` as a run of one process does it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    return lambda pictures, store, together=iter: keep_features(
+        pictures, tiny.vision_encoder, store, accelerator, together
+    )
+
+
+@pytest.fixture
+def encoded(tiny):
     """How many pictures went through the vision encoder, call by call."""
     calls = []
     tiny.vision_encoder.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     return calls
 
 
-def test_each_picture_is_encoded_once_and_never_again(tiny, train, store, encoded):
-    pictures = list(train.pictures.values())
-    assert encode_pictures(pictures, tiny.vision_encoder, store, show=False)
-    assert sum(encoded) == len(pictures)
+@pytest.fixture
+def full_disk(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the pictures that were decoded, one for each time."""
+    names = []
+
+    def note(picture, preprocess):
+        names.append(picture.path.name)
+        return pixels_of(picture, preprocess)
+
+    monkeypatch.setattr(features, "pixels_of", note)
+    return names
+
+
+def expected(tiny, picture):
+    return tiny.encode_image([pixels_of(picture, tiny.vision_encoder.preprocess)])[0]
+
+
+def on_disk(folder):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def cut(picture):
+    """The picture, its file cut in the middle: it begins as one, and can't be decoded."""
+    picture.path.write_bytes(picture.path.read_bytes()[:-100])
+    return look(picture.path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding and storing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_each_picture_is_encoded_once_and_never_again(tiny, pictures, store, keep, encoded, decoded):
+    assert keep(pictures, store) == {}
+    assert sum(encoded) == len(decoded) == len(pictures)
     for picture in pictures:
-        with torch.no_grad():
-            expected = tiny.vision_encoder([pixels_of(picture, tiny.vision_encoder)])[0]
-        torch.testing.assert_close(store.load(picture.key), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(store.load(picture.key), expected(tiny, picture), atol=1e-5, rtol=1e-5)
     encoded.clear()
-    again = FeatureStore(store.folder.parent, tiny.vision_encoder, store.shape)
-    assert encode_pictures(pictures, tiny.vision_encoder, again, show=False)
-    assert encoded == []
+    decoded.clear()
+    assert keep(pictures, FeatureStore(store.folder.parent, tiny)) == {}
+    assert encoded == decoded == []
 
 
-def test_a_changed_picture_or_encoder_is_encoded_anew(tiny, train, store):
-    pictures = list(train.pictures.values())
-    encode_pictures(pictures, tiny.vision_encoder, store, show=False)
+def test_a_changed_picture_is_encoded_anew(pictures, store, keep):
+    keep(pictures, store)
     draw_picture(pictures[0].path, 77)
-    encode_pictures([inspect(pictures[0].path), *pictures[1:]], tiny.vision_encoder, store, show=False)
-    assert store.load(inspect(pictures[0].path).key) is not None
-    assert store.load(pictures[0].key) is not None  # the old picture's stay for whoever still has it
+    changed = look(pictures[0].path)
+    keep([changed, *pictures[1:]], store)
+    assert changed.key in store
+    assert pictures[0].key in store  # the old picture's stay for whoever still has it
+
+
+def change_weights(model):
     with torch.no_grad():
-        tiny.vision_encoder.projection.mlp.fc2.bias[0] += 1
-    other = FeatureStore(store.folder.parent, tiny.vision_encoder, store.shape)
-    assert other.folder != store.folder and other.load(pictures[1].key) is None
+        model.vision_encoder.projection.mlp.fc2.bias[0] += 1
+
+
+def change_pixels_version(model):
+    features.PIXELS_VERSION += 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_weights,
+        change_pixels_version,
+        lambda model: model.bfloat16(),
+        lambda model: setattr(model.config.vision_config, "tile_from", 256),
+        lambda model: setattr(model.config.vision_config, "num_attention_heads", 2),
+        lambda model: setattr(model.config.vision_config, "layer_norm_eps", 1e-6),
+    ],
+    ids=["weights", "preprocessing", "dtype", "tiles", "heads", "eps"],
+)
+def test_all_that_decides_features_is_in_the_name_of_their_store(tiny, store, monkeypatch, change):
+    monkeypatch.setattr(features, "PIXELS_VERSION", PIXELS_VERSION)
+    assert FeatureStore(store.folder.parent, tiny).folder == store.folder
+    tiny.config.text_config.num_hidden_layers = 1  # decides nothing
+    assert FeatureStore(store.folder.parent, tiny).folder == store.folder
+    change(tiny)
+    assert FeatureStore(store.folder.parent, tiny).folder != store.folder
+
+
+def test_the_version_of_pixels_is_raised_when_they_change():
+    """Where this fails because preprocess() gives other pixels now, raise PIXELS_VERSION and enter their hash."""
+    noise, digest = np.random.default_rng(0), hashlib.sha256()
+    for shape, kind in [((480, 640, 3), "u1"), ((70, 100, 3), "u1"), ((700, 300, 4), "u1"), ((400, 500), "u2")]:
+        image = Image.fromarray(noise.integers(0, np.iinfo(kind).max, shape, kind, endpoint=True))
+        image.getexif()[0x0112] = 6  # the camera was turned
+        digest.update(preprocess(image).contiguous().numpy())
+    assert {PIXELS_VERSION: digest.hexdigest()[:16]} == {1: "b669b578aeaa553e"}
+
+
+@pytest.mark.parametrize(("at", "left"), [(4, 5), (7, 2)], ids=["in the second chunk", "in the last"])
+def test_a_killed_pass_goes_on_with_the_same_bits(tiny, pictures, keep, encoded, monkeypatch, tmp_path, at, left):
+    monkeypatch.setattr(features, "CHUNK", 3)
+    tiny.bfloat16()
+    whole, half = (FeatureStore(tmp_path / name, tiny) for name in ("whole", "half"))
+    keep(pictures, whole)
+    saved, save = [], half.save
+
+    def save_some(key, tensor):
+        if len(saved) == at:
+            raise KeyboardInterrupt
+        saved.append(key)
+        save(key, tensor)
+
+    half.save = save_some
+    with pytest.raises(KeyboardInterrupt):
+        keep(pictures, half)
+    half.save = save
+    encoded.clear()
+    keep(pictures, half)
+    assert sum(encoded) == left  # of 8 pictures in chunks of 3, those before were whole
+    for picture in pictures:
+        assert torch.equal(half.load(picture.key), whole.load(picture.key))
+
+
+def test_a_pass_that_is_asked_to_stop_does_between_chunks(pictures, store, keep, encoded, monkeypatch):
+    monkeypatch.setattr(features, "CHUNK", 3)
+
+    def stopped_after_one(chunks):
+        yield next(iter(chunks))
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        keep(pictures, store, stopped_after_one)
+    assert encoded == [3] and sum(picture.key in store for picture in pictures) == 3
+
+
+def test_the_disk_it_takes_is_said_before(pictures, store, keep, capsys):
+    keep(pictures, store)
+    said, size = capsys.readouterr().out, sum(path.stat().st_size for path in on_disk(store.folder))
+    assert f"Encoding 8 pictures into {store.folder} ({size / 1e9:.3f} GB, " in said
+    keep(pictures, store)
+    assert capsys.readouterr().out == ""
+
+
+def test_once_all_is_stored_the_encoder_leaves_the_device(tiny, pictures, store, keep, monkeypatch, full_disk, capsys):
+    moved = []
+    monkeypatch.setattr(tiny.vision_encoder, "to", moved.append)
+    keep(pictures, store)
+    keep(pictures, FeatureStore(None, tiny))
+    assert moved == []
+    assert capsys.readouterr().out.count("That does not fit") == 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+    keep(pictures, store)
+    assert moved == ["cpu"]
+
+
+def test_a_full_disk_is_said_in_one_line(pictures, store, keep, monkeypatch):
+    def save_file(*args, **options):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(features, "save_file", save_file)
+    with pytest.raises(InputError, match=r"cannot write .*\.safetensors: No space left on device$"):
+        keep(pictures, store)
+    assert not on_disk(store.folder)
+
+
+def test_stores_of_other_models_are_listed_and_left_alone(tiny, pictures, store, keep, capsys):
+    old, own = store.folder.parent / "0123456789abcdef", store.folder.parent / "photos"
+    for folder in (old / "00", own):
+        folder.mkdir(parents=True)
+        (folder / "file.safetensors").write_bytes(bytes(2_500_000))
+    before = on_disk(store.folder.parent)
+    for _ in range(2):
+        keep(pictures, store)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "delete" in line]
+        assert line.startswith(f"{old} (0.003 GB) is of another model")
+    assert before.items() <= on_disk(store.folder.parent).items()
+    keep(pictures, FeatureStore(None, tiny))
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures that can't be used
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_picture_is_found_once_and_known_from_then_on(pictures, store, keep, encoded, decoded, monkeypatch):
+    pictures[2] = cut(pictures[2])
+    found = keep(pictures, store)
+    assert list(found) == [pictures[2].key] and "truncated" in found[pictures[2].key]
+    assert sum(encoded) == 7 and decoded.count("2.png") == 1
+    before = on_disk(store.folder)
+    decoded.clear()
+    assert keep(pictures, store) == found
+    assert decoded == [] and on_disk(store.folder) == before
+    monkeypatch.setattr(features.PIL, "__version__", "99.0.0")  # which may decode it
+    assert keep(pictures, store) == found
+    assert "2.png" in decoded
+
+
+def test_what_is_known_to_be_broken_takes_no_room(pictures, store, keep, capsys):
+    pictures[2] = cut(pictures[2])
+    keep(pictures, store)
+    capsys.readouterr()
+    keep(pictures, store)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_picture_that_is_gone_or_changed_is_tried_again_at_the_next_start(pictures, store, keep, decoded):
+    kept = pictures[0].path.read_bytes()
+    pictures[0].path.unlink()
+    draw_picture(pictures[1].path, 55)
+    found = keep(pictures, store)
+    assert list(found) == [pictures[0].key, pictures[1].key]
+    assert "No such file" in found[pictures[0].key] and "has changed" in found[pictures[1].key]
+    assert decoded.count("0.png") == decoded.count("1.png") == 1
+    pictures[0].path.write_bytes(kept)
+    assert list(keep(pictures, store)) == [pictures[1].key]
+    assert pictures[0].key in store
+
+
+@pytest.mark.parametrize("where", ["nowhere", "no room"])
+def test_without_kept_features_each_picture_is_decoded_once(tiny, pictures, keep, decoded, full_disk, tmp_path, where):
+    store = FeatureStore(None if where == "nowhere" else tmp_path / "features", tiny)
+    pictures[2] = cut(pictures[2])
+    found = keep(pictures, store)
+    assert list(found) == [pictures[2].key] and "truncated" in found[pictures[2].key]
+    assert sorted(decoded) == [f"{number}.png" for number in range(8)]
+    assert not on_disk(tmp_path / "features")
+
+
+def test_without_room_for_more_what_is_stored_is_used(tiny, pictures, store, keep, encoded, decoded, monkeypatch):
+    keep(pictures[:5], store)
+    before = on_disk(store.folder)
+    encoded.clear()
+    decoded.clear()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert keep(pictures, store) == {}
+    assert encoded == [] and sorted(decoded) == ["5.png", "6.png", "7.png"]
+    decoded.clear()
+    embeds = image_embeds([store.read(picture) for picture in pictures], tiny.vision_encoder, "cpu")
+    assert encoded == [3] and sorted(decoded) == ["5.png", "6.png", "7.png"]
+    for row, picture in zip(embeds, pictures, strict=True):
+        torch.testing.assert_close(row, expected(tiny, picture), atol=1e-5, rtol=1e-5)
+    assert on_disk(store.folder) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def damage(path, how):
@@ -79,214 +318,192 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty", "noise"])
-def test_a_damaged_entry_is_found_and_made_again(tiny, tokenizer, train, store, encoded, how):
-    encode_pictures(list(train.pictures.values()), tiny.vision_encoder, store, show=False)
-    example = train[0]
-    whole = store.load(example.picture).clone()
-    damage(store.path(example.picture), how)
-    assert store.load(example.picture) is None
+def test_a_damaged_entry_is_never_used_and_made_again_by_the_next_start(tiny, pictures, store, keep, encoded, how):
+    keep(pictures, store)
+    whole = store.load(pictures[0].key).clone()
+    damage(store.path(pictures[0].key), how)
     encoded.clear()
-    collate = script.Collator(tiny, tokenizer, store, train.pictures)
-    embeds = script.image_embeds(collate([example]), tiny.vision_encoder, store, "cpu")
-    torch.testing.assert_close(embeds[0], whole, atol=1e-5, rtol=1e-5)
-    assert encoded == [1]
-    assert store.load(example.picture) is not None
+    read = store.read(pictures[0])
+    assert read[0] is None
+    torch.testing.assert_close(image_embeds([read], tiny.vision_encoder, "cpu")[0], whole, atol=1e-5, rtol=1e-5)
+    assert encoded == [1] and pictures[0].key not in store
+    keep(pictures, store)
+    assert torch.equal(store.load(pictures[0].key), whole)
 
 
-@pytest.mark.parametrize(("at", "left"), [(4, 5), (7, 2)], ids=["in the second chunk", "in the last"])
-def test_a_killed_pass_goes_on_with_the_same_bits(tiny, train, store, encoded, monkeypatch, tmp_path, at, left):
-    monkeypatch.setattr(features, "CHUNK", 3)
-    tiny.bfloat16()
-    pictures = list(train.pictures.values())
-    shape = store.shape
-    whole = FeatureStore(tmp_path / "whole", tiny.vision_encoder, shape)
-    encode_pictures(pictures, tiny.vision_encoder, whole, show=False)
-    cut = FeatureStore(tmp_path / "cut", tiny.vision_encoder, shape)
-    saved, save = [], cut.save
-
-    def save_some(key, tensor):
-        if len(saved) == at:
-            raise KeyboardInterrupt
-        saved.append(key)
-        save(key, tensor)
-
-    cut.save = save_some
-    with pytest.raises(KeyboardInterrupt):
-        encode_pictures(pictures, tiny.vision_encoder, cut, show=False)
-    cut.save = save
+def test_stored_features_are_read_without_the_picture_or_the_encoder(tiny, pictures, store, keep, encoded):
+    keep(pictures, store)
     encoded.clear()
-    encode_pictures(pictures, tiny.vision_encoder, cut, show=False)
-    assert sum(encoded) == left  # of 8 pictures in chunks of 3, those before were whole
     for picture in pictures:
-        assert torch.equal(cut.load(picture.key), whole.load(picture.key))
+        picture.path.unlink()
+    reads = [store.read(picture) for picture in pictures]
+    assert Path("/proc/self/maps").read_text().count(str(store.folder)) >= 8  # they take no memory of their own
+    embeds = image_embeds(reads, tiny.vision_encoder, "cpu")
+    assert embeds.shape == (8, *store.shape) and encoded == [] and not embeds.requires_grad
+    assert image_embeds([], tiny.vision_encoder, "cpu") is None
 
 
-def test_the_encoder_set_aside_is_the_same_and_lies_on_disk(tiny, train, store, tmp_path):
-    expected = copy.deepcopy(tiny.vision_encoder.state_dict())
-    in_memory = weakref.ref(tiny.vision_encoder.projection.mlp.fc1.weight)
-    picture = next(iter(train.pictures.values()))
-    encode_pictures([picture], tiny.vision_encoder, store, show=False)
-    assert not store.has_encoder()
-    store.keep_encoder(tiny.vision_encoder)
-    assert store.has_encoder()
-    damage(store.encoder, "flipped")
-    assert not store.has_encoder()
-    store.keep_encoder(tiny.vision_encoder)
-    store.set_aside(tiny.vision_encoder)
-    for name, tensor in tiny.vision_encoder.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-    assert in_memory() is None and str(store.encoder) in Path("/proc/self/maps").read_text()
-    with torch.no_grad():
-        again = tiny.vision_encoder([pixels_of(picture, tiny.vision_encoder)])[0]
-    torch.testing.assert_close(again, store.load(picture.key), atol=1e-6, rtol=1e-6)
+def test_a_picture_that_breaks_during_the_run_is_an_error_of_its_own(pictures, store):
+    pictures[0].path.write_bytes(b"broken")
+    pictures[1].path.unlink()
+    for picture, why in zip(pictures[:2], ("has changed", "No such file"), strict=True):
+        with pytest.raises(PictureError, match=why):
+            store.read(picture)
 
 
-def test_without_room_pictures_are_encoded_on_the_fly(tiny, tokenizer, train, store, monkeypatch, capsys):
-    usage = shutil.disk_usage(store.folder.parents[1])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert not encode_pictures(list(train.pictures.values()), tiny.vision_encoder, store)
-    out = capsys.readouterr().out
-    assert "Encoding 8 pictures" in out and "does not fit" in out
-    assert not list(store.folder.rglob("*.safetensors"))
+def test_reading_and_encoding_on_the_fly_write_nothing(tiny, pictures, store, tmp_path):
+    before = on_disk(tmp_path)
+    image_embeds([store.read(picture) for picture in pictures], tiny.vision_encoder, "cpu")
+    assert on_disk(tmp_path) == before
 
 
-def test_the_disk_it_takes_is_said_before(tiny, train, store, capsys):
-    encode_pictures(list(train.pictures.values()), tiny.vision_encoder, store)
-    said = capsys.readouterr().out
-    store.keep_encoder(tiny.vision_encoder)
-    on_disk = sum(file.stat().st_size for file in store.folder.rglob("*.safetensors"))
-    assert on_disk > 3_500_000 and f"({on_disk / 1e9:.3f} GB, " in said
+def test_for_a_gpu_what_is_read_is_pinned_by_whoever_reads(pictures, store, keep, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (pinned.append(self.shape), self)[1])
+    keep(pictures[:1], store)
+    store.is_pinned = True
+    (features, _), (_, pixels) = map(store.read, pictures[:2])
+    assert pinned == [features.shape, pixels.shape]
 
 
-def test_worker_processes_decode_as_the_main_one_does(tiny, train, store, tmp_path):
-    pictures = list(train.pictures.values())
-    encode_pictures(pictures, tiny.vision_encoder, store, show=False)
-    other = FeatureStore(tmp_path / "other", tiny.vision_encoder, store.shape)
-    encode_pictures(pictures, tiny.vision_encoder, other, workers=2, show=False)
-    assert all(torch.equal(other.load(p.key), store.load(p.key)) for p in pictures)
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+IN_LITTLE_SHARED_MEMORY = """
+import os, sys
+from pathlib import Path
+from types import SimpleNamespace
+from transformers import AutoModelForCausalLM
+import torch
+from moondream2.features import FeatureStore, encode_pictures, image_embeds
+from moondream2.modeling_moondream2 import Moondream
+from moondream2.pictures import look, read_ahead
+
+memory = os.statvfs("/dev/shm")
+assert memory.f_blocks * memory.f_frsize <= 65536
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+pictures = [look(path) for path in sorted(Path(sys.argv[2]).glob("*.png"))]
+for store in FeatureStore(Path(sys.argv[2]) / "features", model), FeatureStore(None, model):
+    if store.folder:
+        assert encode_pictures([pictures], model.vision_encoder, store, show=False) == {}
+    reads = list(read_ahead(store.read, pictures, threads=4))
+    print(len(image_embeds(reads, model.vision_encoder, "cpu")))
+"""
 
 
-def test_a_picture_that_breaks_in_the_run_is_named_and_left_out(data, tiny, tokenizer, train, capsys):
-    valid = dataset(data / "valid.jsonl", tokenizer)
-    Path(train.pictures[train[1].picture].path).write_bytes(b"broken")  # has 4 questions
-    draw_picture(train.pictures[train[0].picture].path, 99)  # has 1, and is another picture now
-    run = make_run(tiny, tokenizer, train, valid, batch_size=4)
-    script.train_epoch(run)
-    out = capsys.readouterr().err
-    assert len(run.progress.left_out) == 5
-    for number in range(1, 6):
-        assert out.count(f"left out {data}/train.jsonl:{number}: picture broken") == 1
-    assert run.progress.tokens == sum(len(example.answer_ids) for example in train.examples[5:])
+def test_little_shared_memory_is_enough(data):
+    """A container has 64 MB by default; here it is 64 kB, less than one picture's pixels."""
+    command = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("it takes the right to mount")
+    command += [sys.executable, "-c", IN_LITTLE_SHARED_MEMORY, str(TINY), str(data)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)  # without any, workers hang
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["11", "11"]
 
 
-def is_mapped():
-    return "/encoder.safetensors" in Path("/proc/self/maps").read_text()
+ONE_OF_TWO = """
+import json, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+from moondream2 import features
+from moondream2.modeling_moondream2 import Moondream
+from moondream2.pictures import look
+
+torch.set_num_threads(1)
+features.CHUNK = 2
+decoded, load = [], features.pixels_of
+features.pixels_of = lambda picture, use: (decoded.append(picture.path.name), load(picture, use))[1]
+model, accelerator = AutoModelForCausalLM.from_pretrained(sys.argv[1]), Accelerator(cpu=True)
+pictures = [look(path) for path in sorted(Path(sys.argv[2]).glob("*.png"))]
+for folder in Path(sys.argv[2]) / "features", None:
+    store = features.FeatureStore(folder, model)
+    unusable = features.keep_features(pictures, model.vision_encoder, store, accelerator, lambda: None)
+    print(json.dumps([sorted(unusable), decoded]))
+    decoded.clear()
+accelerator.end_training()
+"""
 
 
-@pytest.mark.parametrize("how", ["kept", "full disk", "no room", "none"])
-def test_a_run_trains_without_its_encoder_in_memory(data, run_main, tmp_path, monkeypatch, capsys, how):
-    mapped, train_epoch = [], script.train_epoch
-    monkeypatch.setattr(script, "train_epoch", lambda run: (mapped.append(is_mapped()), train_epoch(run)))
-    if how == "full disk":
-        monkeypatch.setattr(features, "save_file", save_unless_large)
-    if how == "no room":
-        monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
-    folder = "none" if how == "none" else tmp_path / "features"
-    flags = {"model_id": TINY, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl"}
-    run_main(**flags, features_dir=folder, output_dir=tmp_path / "out", epochs=1, batch_size=8, valid_answers=2)
-    assert mapped == [how == "kept"]
-    said = "encoder.safetensors: No space left on device: the vision encoder stays in memory"
-    out = capsys.readouterr().out
-    assert (said in out) == (how == "full disk")
-    assert out.count("That does not fit") == (how == "no room")
+def test_two_processes_share_the_work_and_know_the_same(data, pictures):
+    broken = [cut(pictures[1]).key, cut(pictures[6]).key]  # found by one each
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    processes = []
+    for rank in range(2):
+        environment = {**address, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
+        environment = os.environ | {name: str(value) for name, value in environment.items()}
+        command = [sys.executable, "-c", ONE_OF_TWO, str(TINY), str(data)]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=300)[0].splitlines() for process in processes]
+    results = [[json.loads(line) for line in lines if line.startswith("[[")] for lines in said]
+    names = sorted(f"{number}.png" for number in range(11))
+    for (first, by_first), (second, by_second) in zip(*results, strict=True):  # kept, then not
+        assert first == second == sorted(broken)
+        assert by_first and by_second and sorted(by_first + by_second) == names
+    assert ["Encoding 11" in "".join(lines) for lines in said] == [True, False]
 
 
-def test_without_room_for_more_what_is_stored_is_used(data, run_main, tmp_path, monkeypatch):
-    """One picture of eleven changes, and there is no room for it: it alone is encoded, in each of its micro-batches."""
-    flags = {"model_id": TINY, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl", "epochs": 2}
-    flags |= {"batch_size": 8, "valid_answers": 0, "features_dir": tmp_path / "features", "group_by_picture": "true"}
-    run_main(**flags, output_dir=tmp_path / "one")
-    draw_picture(data / "0.png", 77)  # of train.jsonl, with one question
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*") if path.is_file()}
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
-    calls = count_encoded(monkeypatch)
-    run_main(**flags, output_dir=tmp_path / "two")
-    assert calls == [1, 1]
-    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*") if path.is_file()}
+def flags_of(data, tmp_path, **flags):
+    files = {"model_id": TINY, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl"}
+    return {**files, "features_dir": tmp_path / "features", "epochs": 1, "batch_size": 8, "valid_answers": 0, **flags}
 
 
 def test_a_folder_for_features_that_cannot_be_made_is_named(data, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    flags = {"model_id": TINY, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl"}
-    run = start_script({**flags, "output_dir": tmp_path / "out", "features_dir": tmp_path / "file"})
+    run = start_script(flags_of(data, tmp_path, features_dir=tmp_path / "file", output_dir=tmp_path / "out"))
     error = run.communicate()[1].strip().splitlines()[-1]
     assert run.returncode == 1
     assert error.startswith(f"error: {tmp_path / 'file'}/") and error.endswith(": Not a directory")
 
 
-def save_unless_large(weights, path, **more):
-    if len(weights) > 1:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    save_file(weights, path, **more)
-
-
 def test_two_runs_at_once_may_share_the_folder(data, tmp_path):
-    flags = {"model_id": TINY, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl", "epochs": 1}
-    flags |= {"batch_size": 8, "valid_answers": 0, "features_dir": tmp_path / "features"}
-    runs = [start_script({**flags, "output_dir": tmp_path / name}) for name in ("one", "two")]
+    runs = [start_script(flags_of(data, tmp_path, output_dir=tmp_path / name)) for name in ("one", "two")]
     errors = [run.communicate()[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], errors
     logs = [(tmp_path / name / "training_log.jsonl").read_text().splitlines() for name in ("one", "two")]
     first, second = (json.loads(log[-1]) for log in logs)
     assert first["train_loss"] == second["train_loss"] and first["valid_loss"] == second["valid_loss"]
-    files = [path.name for path in (tmp_path / "features").rglob("*") if path.is_file()]
-    assert len(files) == 11 + 1 and not any(name.endswith(".part") for name in files)
+    files = [path.name for path in on_disk(tmp_path / "features") if path.suffix == ".safetensors"]
+    assert len(files) == 11 and not list((tmp_path / "features").rglob("*.part"))
 
 
-def test_what_a_killed_run_left_half_written_is_removed_in_time(tiny, train, store):
-    store.folder.mkdir(parents=True)
-    old, new = store.folder / ".old.0123.part", store.folder / ".new.4567.part"
-    for part in (old, new):
-        part.write_bytes(b"half")
-    for _ in range(2):  # pictures are missing, none is missing
-        os.utime(old, (0, 0))
-        encode_pictures(list(train.pictures.values()), tiny.vision_encoder, store, show=False)
-        assert not old.exists() and new.exists()
-        old.write_bytes(b"half")
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures in the writer's thread, and what a GPU decides
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def count_encoded(monkeypatch):
-    """How many pictures go through the vision encoders of runs, call by call."""
-    calls, load = [], script.load_model
+def test_a_write_that_fails_in_the_writers_thread_ends_the_pass(pictures, store, keep, monkeypatch):
+    """Also one of the first chunk, while those behind it are written."""
+    monkeypatch.setattr(features, "CHUNK", 3)
+    save, fails = store.save, iter([True])
 
-    def load_and_count(*args):
-        model = load(*args)
-        model.vision_encoder.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-        return model
+    def save_or_fail(key, tensor):
+        if next(fails, False):
+            raise InputError("cannot write")
+        save(key, tensor)
 
-    monkeypatch.setattr(script, "load_model", load_and_count)
-    return calls
+    monkeypatch.setattr(store, "save", save_or_fail)
+    with pytest.raises(InputError, match="cannot write"):
+        keep(pictures, store)
 
 
-def test_a_run_encodes_each_picture_once(data, run_main, tmp_path, monkeypatch):
-    calls = count_encoded(monkeypatch)
-    flags = {
-        "model_id": TINY,
-        "train_file": data / "train.jsonl",
-        "valid_file": data / "valid.jsonl",
-        "features_dir": tmp_path / "features",
-        "batch_size": 4,
-        "epochs": 2,
-        "valid_answers": 2,
-    }
-    run_main(output_dir=tmp_path / "one", **flags)
-    assert sum(calls) == 11
-    calls.clear()
-    run_main(output_dir=tmp_path / "two", learning_rate=1e-4, **flags)
-    assert calls == []
-    flags["features_dir"] = "none"
-    run_main(output_dir=tmp_path / "three", **flags)
-    assert sum(calls) > 11
-    logs = [(tmp_path / name / "training_log.jsonl").read_text().splitlines() for name in ("one", "three")]
-    first, third = (json.loads(log[-1])["valid_loss"] for log in logs)
-    assert first == pytest.approx(third, rel=0.02)  # bfloat16: other batches of pictures, other roundings
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_a_gpu_copies_from_pinned_memory_while_python_goes_on(tiny, pictures, store, keep, monkeypatch, is_gpu):
+    """Other devices may not keep what they copy from until they have."""
+    keep(pictures[:1], store)
+    waits, to = [], torch.Tensor.to
+
+    def copy(self, device, *more, non_blocking=False):
+        waits.append(not non_blocking)
+        return to(self, "cpu", *more)
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", is_gpu, raising=False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    assert FeatureStore(store.folder.parent, tiny).is_pinned is is_gpu
+    reads = [store.read(picture) for picture in pictures[:2]]
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    image_embeds(reads, tiny.vision_encoder, "cuda" if is_gpu else "cpu")
+    assert waits == [not is_gpu] * 3  # the pixels of one, then the features of both

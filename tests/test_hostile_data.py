@@ -13,10 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finetune_moondream import VQADataset
 from moondream2.cli import InputError
 from moondream2.modeling_moondream2 import preprocess
-from moondream2.pictures import PictureError, inspect, pixels_of
+from moondream2.pictures import PictureError, look, pixels_of
 from tests.conftest import dataset, draw_picture
 
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", 150))
@@ -82,7 +81,7 @@ def test_any_bytes_are_examples_or_one_clear_error(folder, content):
     (folder / "lines.jsonl").write_bytes(content)
     before = contents(folder)
     try:
-        data = VQADataset(folder / "lines.jsonl")
+        data = dataset(folder / "lines.jsonl")
     except InputError as error:
         assert "lines.jsonl" in str(error) and "Traceback" not in str(error)
         assert str(error).isprintable() or "\n" in str(error)
@@ -154,12 +153,8 @@ def test_any_picture_is_pixels_or_a_reason(folder, seed):
     path = folder / "hurt.img"
     path.write_bytes(content)
 
-    class Encoder:
-        image_size, tile_from = 378, 512
-
     try:
-        picture = inspect(path)
-        pixels = pixels_of(picture, Encoder)
+        pixels = pixels_of(look(path), preprocess)
     except PictureError as error:
         assert str(error) and "\n" not in str(error)
         assert hurt != "whole", f"{form}: {error}"

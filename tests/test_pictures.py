@@ -1,0 +1,254 @@
+"""Looking at pictures: each read once as long as it stays what it is, none decoded before it must be."""
+
+import builtins
+import io
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageFile
+
+from moondream2 import pictures
+from moondream2.pictures import BrokenPicture, KnownPictures, Picture, PictureError, look, pixels_of, read_ahead
+from tests.conftest import draw_picture
+
+
+def age(path, seconds=10):
+    """Makes a file one that was last changed so many seconds ago."""
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Six pictures that have lain there for a while."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    paths = [folder / f"{number}.png" for number in range(6)]
+    for number, path in enumerate(paths):
+        draw_picture(path, number, (140 + number, 100))
+        age(path)
+    return paths
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The names of the pictures that were opened, one for each time."""
+    names, opens = [], io.open
+
+    def note(file, *args, **options):
+        if str(file).endswith(".png"):
+            names.append(Path(file).name)
+        return opens(file, *args, **options)
+
+    monkeypatch.setattr(io, "open", note)  # what pathlib opens with
+    monkeypatch.setattr(builtins, "open", note)
+    return names
+
+
+@pytest.fixture
+def known(tmp_path):
+    return KnownPictures(tmp_path / "features")
+
+
+def test_a_second_start_opens_no_picture(files, known, opened):
+    first = known.look_at(files)
+    assert sorted(opened) == [file.name for file in files]
+    opened.clear()
+    again = KnownPictures(known.index.parent).look_at(files)
+    assert opened == [] and again == first
+    assert again[files[2]] == Picture(files[2], look(files[2]).key, (142, 100))
+
+
+def test_no_picture_is_decoded(files, known, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("a picture is decoded"))
+    assert all(isinstance(picture, Picture) for picture in known.look_at(files).values())
+
+
+@pytest.mark.parametrize("how", ["size", "time"])
+def test_a_changed_picture_is_read_again_and_no_other(files, known, opened, how):
+    before, status = known.look_at(files), files[3].stat()
+    if how == "size":
+        draw_picture(files[3], 50, (999, 100))
+        os.utime(files[3], ns=(status.st_atime_ns, status.st_mtime_ns))
+    else:
+        age(files[3], 5)
+    opened.clear()
+    after = known.look_at(files)
+    assert opened == ["3.png"]
+    assert (after[files[3]] != before[files[3]]) == (how == "size")
+    opened.clear()
+    known.look_at(files)
+    assert opened == []
+
+
+def test_the_same_size_and_time_with_other_content_is_taken_for_the_old_one_until_it_is_touched(files, known):
+    before, status = known.look_at(files)[files[0]], files[0].stat()
+    content = bytearray(files[0].read_bytes())
+    content[-20] ^= 1
+    files[0].write_bytes(content)
+    os.utime(files[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+    taken = known.look_at(files)[files[0]]
+    assert taken == before
+    with pytest.raises(PictureError, match="the file has changed"):
+        pixels_of(taken, lambda image: image)
+    age(files[0], 20)
+    assert known.look_at(files)[files[0]].key == look(files[0]).key != before.key
+
+
+def test_a_picture_that_was_just_written_is_read_again(files, known, opened):
+    os.utime(files[1])
+    known.look_at(files)
+    opened.clear()
+    known.look_at(files)
+    assert opened == ["1.png"]
+
+
+def test_a_folder_of_another_name_has_other_pictures(files, known, opened, monkeypatch):
+    """A relative path is another file in another working directory."""
+    monkeypatch.chdir(files[0].parent)
+    known.look_at([Path("0.png")])
+    monkeypatch.chdir(files[0].parent.parent)
+    Path("0.png").write_bytes(files[0].read_bytes())
+    age(Path("0.png"))
+    opened.clear()
+    known.look_at([Path("0.png"), files[0]])
+    assert opened == ["0.png"]  # the one here
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"a": 1}', b'{"a": [1, 2, "key", 4]}', b'{"a": [1, 2, 3, 4, 5]}'],
+)
+def test_an_index_that_is_damaged_or_none_counts_as_empty(files, known, opened, content):
+    known.index.parent.mkdir()
+    known.index.write_bytes(content)
+    assert len(known.look_at(files)) == 6
+    assert len(opened) == 6
+    assert len(json.loads(known.index.read_bytes())) == 6
+
+
+def test_two_runs_keep_what_each_has_seen(files, known, monkeypatch):
+    """The second begins and ends while the first reads."""
+    look_first, other = pictures.look, KnownPictures(known.index.parent)
+
+    def look_slowly(path):
+        monkeypatch.setattr(pictures, "look", look_first)
+        other.look_at(files[:3])
+        return look_first(path)
+
+    monkeypatch.setattr(pictures, "look", look_slowly)
+    known.look_at(files[5:])
+    assert sorted(Path(path).name for path in known.read()) == ["0.png", "1.png", "2.png", "5.png"]
+
+
+def test_a_pass_that_is_stopped_goes_on_from_there(files, known, opened):
+    stops = iter([False, False, False, True])
+
+    def check_stop():
+        if next(stops):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        known.look_at(files, check_stop)
+    assert 3 <= len(known.read()) <= len(opened)
+    assert known.index.exists() and opened
+    seen, _ = set(opened), opened.clear()
+    known.look_at(files)
+    assert not seen & set(opened) and seen | set(opened) == {file.name for file in files}
+
+
+def test_without_a_folder_nothing_is_kept(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert len(KnownPictures(None).look_at(files)) == 6
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_written_to_costs_only_the_next_start_time(files, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert len(KnownPictures(tmp_path / "file").look_at(files)) == 6
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "the next start reads all pictures again" in out
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_what_is_no_picture_is_said_at_once_and_what_is_broken_inside_when_it_is_decoded(files, known):
+    whole = files[0].read_bytes()
+    files[0].write_bytes(whole[: len(whole) // 2])
+    files[1].write_text("no picture")
+    files[2].write_bytes(b"")
+    files[3].unlink()
+    Image.new("1", (20_000, 20_000)).save(files[4])
+    found = known.look_at(files)
+    assert [type(found[file]) for file in files] == [Picture, *[PictureError] * 4, Picture]
+    assert "UnidentifiedImageError" in str(found[files[1]]) and "FileNotFoundError" in str(found[files[3]])
+    assert "400000000 pixels" in str(found[files[4]])
+    assert all("\n" not in str(found[file]) for file in files[1:5])
+    with pytest.raises(BrokenPicture, match="truncated"):
+        pixels_of(found[files[0]], lambda image: image.load())
+
+
+def test_too_many_pixels_for_pillow_to_warn_of_are_too_many(tmp_path, monkeypatch):
+    draw_picture(tmp_path / "a.png", 1)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 13_999)
+    with pytest.raises(PictureError, match="140 x 100 pixels are more than 13,999"):
+        look(tmp_path / "a.png")
+
+
+def test_a_picture_that_is_gone_or_takes_too_much_memory_is_not_called_broken(files):
+    def preprocess(image):
+        raise MemoryError
+
+    picture = look(files[0])
+    with pytest.raises(PictureError, match="more memory") as error:
+        pixels_of(picture, preprocess)
+    assert not isinstance(error.value, BrokenPicture)
+    files[0].unlink()
+    with pytest.raises(PictureError, match="No such file") as error:
+        pixels_of(picture, preprocess)
+    assert not isinstance(error.value, BrokenPicture)
+
+
+def test_results_come_in_order_from_several_threads():
+    meeting = threading.Barrier(3)  # nobody passes it alone
+
+    def meet(item):
+        meeting.wait(60)
+        return item, threading.get_ident()
+
+    items, threads = zip(*read_ahead(meet, range(9), threads=3, ahead=6), strict=True)
+    assert list(items) == list(range(9)) and len(set(threads)) == 3 and threading.get_ident() not in threads
+
+
+def test_no_more_than_asked_for_is_read_ahead():
+    begun = []
+    results = read_ahead(begun.append, iter(range(100)), threads=2, ahead=5)
+    for number in range(10):
+        next(results)
+        assert number < len(begun) + 1 <= number + 7
+    results.close()
+
+
+def test_what_is_raised_is_raised_at_its_item():
+    results = read_ahead(lambda item: 10 // item, [5, 2, 0, 1], threads=2, ahead=4)
+    assert [next(results), next(results)] == [2, 5]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_closing_drops_what_has_not_begun():
+    begun, go_on = [], threading.Event()
+
+    def work(item):
+        begun.append(item)
+        assert not item or go_on.wait(60)
+
+    results = read_ahead(work, range(100), threads=1, ahead=50)
+    next(results)
+    threading.Timer(0.1, go_on.set).start()
+    results.close()
+    assert len(begun) <= 2  # the first, and the one under way
+    assert not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
