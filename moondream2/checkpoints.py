@@ -1,27 +1,32 @@
-"""What makes a run survive: checkpoints, signals, one run to a folder."""
+"""What makes a run survive: checkpoints to go on from, and signals that end it at a safe place."""
 
 import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import signal
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+import time
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_state_dict,
+    get_model_state_dict,
+    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 
 from moondream2.cli import InputError
-from moondream2.files import remove, sync, write_whole
-from moondream2.launch import any_says, from_main
+from moondream2.files import is_finite, name_of_unfinished, remove, remove_whole, to_json, write_whole
+from moondream2.launch import any_true, from_main, with_heartbeat
+
+VERSION = 1  # of what a checkpoint holds
+CHECKPOINT = re.compile(r"epoch-\d{6}-step-\d{8}")
 
 
 class Interrupted(Exception):
@@ -33,7 +38,7 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a wish that `check` utters at a safe place; the second ends at once.
+    """Within it the first SIGINT or SIGTERM is a wish that `check` utters at a safe place; the second ends at once.
 
     Of several processes each is sent the signal by the terminal and again by the launcher: there a second one is not
     more than the first, and the launcher ends what takes too long.
@@ -41,8 +46,14 @@ class Stop:
 
     def __init__(self, accelerator):
         self.accelerator, self.signum = accelerator, None
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.ask)
+
+    def __enter__(self):
+        self.handlers = {each: signal.signal(each, self.ask) for each in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
 
     def ask(self, signum, frame):
         is_first, is_alone = self.signum is None, self.accelerator.num_processes == 1
@@ -54,38 +65,32 @@ class Stop:
             end = " Once more ends at once." if is_alone else ""
             print(f"\n{signal.Signals(signum).name}: finishing the step.{end}", flush=True)
 
-    def check(self):
-        """To be called by all processes: each of them stops where one was asked to."""
-        if any_says(self.accelerator, self.signum is not None):
+    def check(self, due=False):
+        """Whether something is `due` in any process; each of them stops where one was asked to. Called by all."""
+        asked, due = any_true(self.accelerator, self.signum is not None, due)
+        if asked:
             raise Interrupted(self.signum or signal.SIGTERM)
+        return due
+
+    def heeded(self, batches):
+        """The batches of a pass that can't be gone on from, which ends where one was asked to stop; called by all."""
+        for number, batch in enumerate(batches):
+            if self.accelerator.num_processes == 1 or number % 16 == 0:  # to agree, processes wait for their devices
+                self.check()
+            yield batch
+
+    def together(self, batches):
+        """The batches of work that takes some processes longer than others: who is done first waits; called by all."""
+        for batch in batches:
+            self.check(due=True)
+            yield batch
+        while self.accelerator.num_processes > 1 and self.check():
+            pass
 
     def check_alone(self):
+        """`check` for work that each process does at its own pace."""
         if self.signum is not None:
             raise Interrupted(self.signum)
-
-
-def leave_signals(worker):
-    """For a data loader's workers: what asks them all to end, as ctrl-C does, is for the run to heed."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def only_run_in(folder):
-    """Holds the folder for this run.
-
-    Raises:
-        InputError: another run holds it, or it can't be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"another run is writing to {folder}: wait for it, or give another OUTPUT_DIR") from None
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
-    with held:
-        yield
 
 
 @dataclass
@@ -96,14 +101,46 @@ class Progress:
     step_size: int = 0  # questions in an optimizer step, over all micro-batches and processes
     epoch: int = 0  # the epoch under way; epoch 0 is what comes before training
     step: int = 0  # optimizer steps done in it
+    total_steps: int = 0  # optimizer steps done in the whole run
+    learning_rate: float | None = None  # of the last of them
     loss_sum: float = 0.0  # over its answer tokens so far
     tokens: int = 0
     seconds: float = 0.0
     history: list = field(default_factory=list)  # a record an epoch
     best_epoch: int = 0  # 0: none yet
-    answers_before: dict = field(default_factory=dict)  # {place: answer}
+    answers_before: dict = field(default_factory=dict)  # {source: answer}
     answers_best: dict = field(default_factory=dict)
-    left_out: list = field(default_factory=list)  # [place, reason] of examples whose picture broke during the run
+    left_out: list = field(default_factory=list)  # [source, reason] of examples whose picture broke during the run
+    tracker_id: str = field(default_factory=lambda: secrets.token_hex(8))  # the run's name for a tracker
+
+    def goes_on(self, epochs, patience):
+        """Whether an epoch is still to be trained or judged; says so where patience has come to its end."""
+        if self.epoch > epochs:
+            return False
+        waited = self.epoch - 1 - self.best_epoch
+        if not self.best_epoch or patience is None or waited < patience:
+            return True
+        print(f"No better validation loss for {waited} epochs: stopping early.")
+        return False
+
+    def end_epoch(self, record):
+        """Enters an epoch's record into the history; the next one begins."""
+        self.history.append(record)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss_sum, self.tokens, self.seconds = 0.0, 0, 0.0
+
+    def is_best(self, valid_loss):
+        """Whether a validation loss is lower than that of every epoch trained before; one not finite never is."""
+        before = [record["valid_loss"] for record in self.history if record["epoch"]]
+        return is_finite(valid_loss) and all(valid_loss < loss for loss in before if is_finite(loss))
+
+    def require_best(self):
+        """Raises InputError where no epoch was the best, so that there is no model to save."""
+        if not self.best_epoch:
+            raise InputError(
+                "no epoch had a finite validation loss, so no model is saved: "
+                "try a lower LEARNING_RATE with --overwrite true"
+            )
 
 
 class Checkpoints:
@@ -115,26 +152,41 @@ class Checkpoints:
     """
 
     def __init__(self, output_dir):
-        self.folder = output_dir / "checkpoints"
+        self.output_dir, self.folder = output_dir, output_dir.path / "checkpoints"
+
+    def watch(self, accelerator, model, optimizer, scheduler):
+        """Says what is saved and loaded: what `accelerator.prepare` gave, and the schedule."""
+        self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
+        self.saved_at = time.monotonic()
 
     def newest(self):
-        """The newest whole checkpoint, or None."""
-        return max(self.folder.glob("epoch-*"), default=None)
+        """The path of the newest whole checkpoint, or None."""
+        return max(self.all(), default=None)
 
-    def save(self, accelerator, model, optimizer, scheduler, progress, is_best):
-        """Called by all processes."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=accelerator.is_fsdp2)
-        weights, state = get_state_dict(model, optimizer, options=options)
-        if accelerator.is_main_process:
-            self.write(weights, {"optimizer": state, "scheduler": scheduler.state_dict()}, progress, is_best)
-        accelerator.wait_for_everyone()
+    def all(self):
+        paths = self.folder.iterdir() if self.folder.is_dir() else []
+        return [path for path in paths if CHECKPOINT.fullmatch(path.name)]
+
+    def is_due(self, minutes):
+        """Whether the last one was saved, or the run began, so many minutes ago."""
+        return time.monotonic() - self.saved_at >= 60 * minutes
+
+    def save(self, progress, is_best=False):
+        """Saves where the run stands; `is_best` if these weights are the best so far. Called by all processes."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=self.accelerator.is_fsdp2)
+        weights = get_model_state_dict(self.model, options=options)
+        state = {"optimizer": None, "scheduler": self.scheduler.state_dict()}
+        if self.optimizer.state:  # asked for its state before it has one, torch makes one by a step, which is counted
+            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        from_main(self.accelerator, self.write, weights, state, progress, is_best)
+        self.saved_at = time.monotonic()
 
     def write(self, weights, state, progress, is_best):
         before = self.newest()
-        path = self.folder / f"epoch-{progress.epoch:04d}-step-{progress.step:08d}"
+        self.output_dir.own(self.folder.name).mkdir(exist_ok=True)
+        path = self.folder / f"epoch-{progress.epoch:06d}-step-{progress.step:08d}"
         if path == before:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         with write_whole(path) as beside:
             beside.mkdir()
             save_file(weights, beside / "model.safetensors")
@@ -142,48 +194,82 @@ class Checkpoints:
             best = beside / "model.safetensors" if is_best else before and before / "best.safetensors"
             if best and best.exists():
                 link(best, beside / "best.safetensors")
-            (beside / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        for old in self.folder.iterdir():
-            if old != path:
-                remove(old)
+            text = to_json({"version": VERSION, **asdict(progress)})
+            (beside / "progress.json").write_text(text, encoding="utf-8")
+        self.remove_all_but(path)
 
-    def load(self, accelerator, model, optimizer, scheduler):
-        """Brings the newest checkpoint, if there is one, into what `accelerator.prepare` gave; called by all."""
-        path = from_main(accelerator, self.newest)
+    @contextlib.contextmanager
+    def saved_if_stopped(self, progress):
+        """Within it a run that is stopped leaves a checkpoint, once training has begun."""
+        try:
+            yield
+        except Interrupted:
+            if progress.epoch:
+                self.save(progress)
+            raise
+
+    def load(self):
+        """Brings the newest checkpoint, if there is one, into what is watched; called by all processes."""
+        path = from_main(self.accelerator, self.newest)
         if path is None:
             return
-        weights, state = {}, {"optimizer": {}, "scheduler": None}
-        if accelerator.is_main_process:
-            weights = load_file(path / "model.safetensors")
-            state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        scheduler.load_state_dict(from_main(accelerator, lambda: state["scheduler"]))
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
-        set_model_state_dict(model, weights, options=options)
-        if accelerator.num_processes == 1 and not accelerator.is_fsdp2:
-            optimizer.load_state_dict(state["optimizer"])  # the other way holds a second state on the device meanwhile
+        is_main = self.accelerator.is_main_process
+        weights, state = with_heartbeat(self.accelerator, is_main, read_states, path) or ({}, {})
+        scheduler, is_stepped = from_main(self.accelerator, lambda: (state["scheduler"], bool(state["optimizer"])))
+        self.scheduler.load_state_dict(scheduler)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.accelerator.num_processes > 1)
+        set_model_state_dict(self.model, weights, options=options)
+        if not is_stepped:
+            return
+        if self.accelerator.num_processes == 1 and not self.accelerator.is_fsdp2:
+            self.optimizer.load_state_dict(state["optimizer"])  # the other way holds a second state meanwhile
         else:
-            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+            set_optimizer_state_dict(self.model, self.optimizer, state.get("optimizer", {}), options=options)
 
     def progress(self):
-        """The progress that the newest checkpoint holds, as a dictionary; None without one."""
-        newest = self.newest()
-        return None if newest is None else json.loads((newest / "progress.json").read_text(encoding="utf-8"))
+        """The Progress of the newest checkpoint.
+
+        Raises:
+            InputError: another version of this script wrote it.
+        """
+        saved = json.loads((self.newest() / "progress.json").read_text(encoding="utf-8"))
+        if saved.pop("version", None) != VERSION or saved.keys() != {each.name for each in fields(Progress)}:
+            raise InputError(f"{self.newest()} was written by another version of this script")
+        return Progress(**saved)
+
+    def best_weights(self):
+        """{name: tensor}, the text model's weights of the best epoch."""
+        return load_file(self.newest() / "best.safetensors")
 
     def discard(self):
-        """Removes all checkpoints; one that is half removed is none."""
-        aside = self.folder.with_name(".checkpoints.part")
-        if aside.exists():
-            remove(aside)
-        if self.folder.exists():
-            self.folder.replace(aside)
-            remove(aside)
+        """Removes all checkpoints, and their folder where nothing else is in it."""
+        self.remove_all_but(None)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def remove_all_but(self, path):
+        """Removes the other checkpoints, the oldest first, and what a run was writing or removing when it died."""
+        for old in sorted(self.all()):
+            if old != path:
+                remove_whole(old)
+        for file in self.folder.glob(".*"):
+            if CHECKPOINT.fullmatch(name_of_unfinished(file.name) or ""):
+                remove(file)
+
+    def refuse_finished(self, overwrite):
+        """Raises InputError where OUTPUT_DIR holds a finished model that may not be replaced."""
+        if self.output_dir.holds_model() and not self.newest():
+            self.discard()  # it may have died while it did
+            if not overwrite:
+                raise InputError(
+                    f"{self.output_dir.path} holds a finished model: give another OUTPUT_DIR or --overwrite true"
+                )
 
 
-def refuse_finished(output_dir, overwrite):
-    """Raises InputError where the folder holds a finished model that may not be replaced."""
-    is_finished = (output_dir / "config.json").exists() and not Checkpoints(output_dir).newest()
-    if is_finished and not overwrite:
-        raise InputError(f"{output_dir} holds a finished model: give another OUTPUT_DIR or --overwrite true")
+def read_states(path):
+    """The weights, and the states of optimizer and schedule, that a checkpoint holds."""
+    state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    return load_file(path / "model.safetensors"), state
 
 
 def link(source, target):
@@ -192,19 +278,6 @@ def link(source, target):
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def move_into(source, target, last):
-    """Moves the files of folder `source` into `target`; of these `last`, without which they count for nothing, last."""
-    (target / last).unlink(missing_ok=True)
-    sync(target)
-    for file in sorted(source.iterdir(), key=lambda file: file.name == last):
-        destination = target / file.name
-        if destination.is_dir():
-            remove(destination)
-        Path(file).replace(destination)
-    sync(target)
-    source.rmdir()
 
 
 def digest(dataset):
@@ -224,25 +297,29 @@ def settings_of(constants, may_change, train, valid, vision_encoder):
     return json.loads(json.dumps(settings))  # as it comes back from a checkpoint
 
 
-def resume_or_start(checkpoints, settings, step_size, overwrite):
-    """The progress to go on from, or a new one of `step_size` questions a step.
+def resume_or_start(checkpoints, settings, constants, processes):
+    """The progress to go on from, or a new one, whose steps take BATCH_SIZE x GRAD_ACCUM_STEPS x processes questions.
 
     Raises:
-        InputError: the checkpoint is of another run, and may not be discarded.
+        InputError: the checkpoint is of another run or another version, and may not be discarded.
     """
-    saved = checkpoints.progress()
-    if saved is None:
-        return Progress(settings, step_size)
-    names = sorted(settings.keys() | saved["settings"].keys())
-    changed = {name: (saved["settings"].get(name), settings.get(name)) for name in names}
-    changed = [f"{name} was {was}, is {now}" for name, (was, now) in changed.items() if was != now]
-    if not changed:
-        print(f"Going on in epoch {saved['epoch']} after step {saved['step']}, from {checkpoints.newest()}")
-        return Progress(**saved)
-    if not overwrite:
-        raise InputError(
-            f"{checkpoints.folder} is of a run with other settings ({'; '.join(changed)}): "
-            "give another OUTPUT_DIR, or discard that run by --overwrite true"
-        )
-    checkpoints.discard()
-    return Progress(settings, step_size)
+    new = Progress(settings, constants.batch_size * constants.grad_accum_steps * processes)
+    if checkpoints.newest() is None:
+        return new
+    try:
+        progress = checkpoints.progress()
+        refuse_other_run(checkpoints, progress.settings, settings)
+    except InputError as error:
+        if not constants.overwrite:
+            raise InputError(f"{error}: give another OUTPUT_DIR, or discard that run by --overwrite true") from None
+        checkpoints.discard()
+        return new
+    print(f"Going on in epoch {progress.epoch} after step {progress.step}, from {checkpoints.newest()}")
+    return progress
+
+
+def refuse_other_run(checkpoints, saved, settings):
+    names = sorted(name for name in settings.keys() | saved.keys() if saved.get(name) != settings.get(name))
+    if names:
+        changed = "; ".join(f"{name} was {saved.get(name)}, is {settings.get(name)}" for name in names)
+        raise InputError(f"{checkpoints.folder} is of a run with other settings ({changed})")

@@ -1,7 +1,10 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and JSON that every reader accepts."""
 
 import contextlib
+import json
+import math
 import os
+import re
 import shutil
 import uuid
 
@@ -24,6 +27,24 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
+def unfinished(path):
+    """A new name beside `path`, for what is being written or removed there."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
+def name_of_unfinished(name):
+    """The name of what is being written or removed, or was when its process died, as `name`; None if that is none."""
+    match = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.part", name)
+    return match and match[1]
+
+
+def remove_whole(path):
+    """Removes a folder so that it is there whole or, whenever the process dies, not under its name."""
+    aside = unfinished(path)
+    path.replace(aside)
+    remove(aside)
+
+
 @contextlib.contextmanager
 def write_whole(path, durable=True):
     """Gives a path beside `path` to write a file or fill a folder at, then puts it in its place in one step.
@@ -34,7 +55,7 @@ def write_whole(path, durable=True):
     Raises:
         InputError: the disk is full, or the folder can't be written to.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    beside = unfinished(path)
     try:
         try:
             yield beside
@@ -62,3 +83,21 @@ def write_whole(path, durable=True):
 def write_text(path, text):
     with write_whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def is_finite(number):
+    """Whether it is a number, and neither infinite nor NaN."""
+    return number is not None and math.isfinite(number)
+
+
+def to_json(value):
+    """The JSON of dictionaries, lists, texts and numbers; a number that is not finite, which JSON lacks, is null."""
+
+    def checked(value):
+        if isinstance(value, dict):
+            return {name: checked(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [checked(each) for each in value]
+        return value if not isinstance(value, float) or is_finite(value) else None
+
+    return json.dumps(checked(value), allow_nan=False)

@@ -13,8 +13,11 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["finetune_moondream", "tests.child", "tests.launched"])
 
 
-def run(flags, out, file_size, environment, setup):
-    """Runs the script's `main` as the command does, its output into a file; no file may grow over `file_size` bytes."""
+def run(work, out, file_size, environment, setup):
+    """Runs the script's `main` as the command does, its output into a file; no file may grow over `file_size` bytes.
+
+    `work` are the flags, or a function that is run in place of `main`.
+    """
     os.environ.update(environment)
     import finetune_moondream
     from moondream2.cli import run as run_script
@@ -27,16 +30,20 @@ def run(flags, out, file_size, environment, setup):
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if setup is not None:
         setup()
-    sys.argv = ["finetune_moondream.py", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
-    run_script(finetune_moondream.main)
+    if callable(work):
+        run_script(work)
+    else:
+        words = [word for name, value in work.items() for word in (f"--{name}", str(value))]
+        sys.argv = ["finetune_moondream.py", *words]
+        run_script(finetune_moondream.main)
 
 
 class Child:
-    """A run of the script with these flags; `setup` is called before it."""
+    """A run of the script with these flags, or of a function; `setup` is called before it."""
 
-    def __init__(self, flags, out, file_size=None, environment=None, setup=None):
+    def __init__(self, work, out, file_size=None, environment=None, setup=None):
         self.out = Path(out)
-        self.process = CONTEXT.Process(target=run, args=(flags, str(out), file_size, environment or {}, setup))
+        self.process = CONTEXT.Process(target=run, args=(work, str(out), file_size, environment or {}, setup))
         self.process.start()
 
     def wait(self, timeout=300):
@@ -60,9 +67,9 @@ def free_port():
 
 
 class Children(list):
-    """A run of the script in several processes, each with the environment that a launcher gives it."""
+    """A run of the script, or of a function, in processes that each have the environment that a launcher gives it."""
 
-    def __init__(self, processes, flags, folder, setup=None, **environment):
+    def __init__(self, processes, work, folder, setup=None, **environment):
         super().__init__()
         folder.mkdir(parents=True, exist_ok=True)
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": processes}
@@ -70,9 +77,9 @@ class Children(list):
         for rank in range(processes):
             mine = {**shared, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {"ACCELERATE_USE_CPU": "true"}
             mine = {name: str(value) for name, value in {**mine, "NOTES": folder / f"notes{rank}.json"}.items()}
-            self.append(Child(flags, folder / f"out{rank}.txt", environment=mine, setup=setup))
+            self.append(Child(work, folder / f"out{rank}.txt", environment=mine, setup=setup))
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """All exit statuses; whoever is left after `timeout` seconds is killed, and counts as hanging."""
         end = time.monotonic() + timeout
         for child in self:

@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,6 +17,8 @@ from torch.distributed.tensor import DTensor
 
 import finetune_moondream as script
 from moondream2 import launch as processes
+from moondream2.checkpoints import Interrupted, Stop
+from moondream2.cli import InputError
 
 NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0}
 
@@ -26,13 +32,13 @@ def noting():
         model.vision_encoder.register_forward_pre_hook(lambda module, inputs: count(encoded=len(inputs[0])))
         return model
 
-    def step(run, batches):
+    def step(engine, batches, *arguments):
         for batch in batches:
-            rows = len(batch["examples"])
-            count(rows=rows, positions=batch["segments"].numel() if rows else 0)
-        result = train_step(run, batches)
-        NOTES["sharded"] = all(isinstance(p, DTensor) for p in run.text_model.parameters())
-        NOTES["steps"].append(result)
+            rows = len(batch["rows"])
+            count(rows=rows, positions=batch["document_ids"].numel() if rows else 0)
+        result = train_step(engine, batches, *arguments)
+        NOTES["sharded"] = all(isinstance(p, DTensor) for p in engine.text_model.parameters())
+        NOTES["steps"].append((result.loss, result.grad_norm, result.tokens))
         Path(os.environ["NOTES"]).write_text(json.dumps(NOTES))
         return result
 
@@ -95,9 +101,115 @@ def failing():
     in_float32()
     step = script.train_step
 
-    def fail(run, batches):
-        if run.accelerator.process_index == run.accelerator.num_processes - 1 and run.progress.step == 1:
+    def fail(engine, *arguments):
+        accelerator = engine.accelerator
+        if accelerator.process_index == accelerator.num_processes - 1 and len(NOTES["steps"]) == 1:
             raise script.InputError("the disk of this machine caught fire")
-        return step(run, batches)
+        return step(engine, *arguments)
 
     script.train_step = fail
+
+
+def first_step_is_lost():
+    """The first step's gradient is not finite, so it is not applied; in float32."""
+    in_float32()
+    backward, losses = processes.Accelerator.backward, []
+
+    def first_is_nan(accelerator, loss, **arguments):
+        losses.append(loss)
+        backward(accelerator, loss * (float("nan") if len(losses) == 1 else 1), **arguments)
+
+    processes.Accelerator.backward = first_is_nan
+    return losses
+
+
+def stopped_before_it_is_applied():
+    """The first step is lost, and the run stopped behind it."""
+    losses, check = first_step_is_lost(), Stop.check
+
+    def stop(self, due=False):
+        self.signum = signal.SIGTERM if losses else None
+        return check(self, due)
+
+    Stop.check = stop
+
+
+def sharded_and_stopped_before_it_is_applied():
+    stopped_before_it_is_applied()
+    shard()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions that are run in place of the script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def note(*values):
+    """Prints into this process's notes."""
+    with Path(os.environ["NOTES"]).open("a") as file:
+        print(*values, file=file)
+
+
+def impatient():
+    """A process that does not answer counts as dead after seconds."""
+    in_float32()
+    processes.TIMEOUT = timedelta(seconds=10)
+
+
+def reading_for_long():
+    """What is waited for longer than for a dead process: first in the main process, then in each."""
+    processes.TIMEOUT = timedelta(seconds=10)
+
+    def read(seconds):
+        time.sleep(seconds)
+        return ["read by", accelerator.process_index]
+
+    accelerator = processes.start()
+    with processes.one_speaks(accelerator):
+        note(*processes.from_main(accelerator, read, 14))
+        processes.with_heartbeat(accelerator, accelerator.process_index == 1, read, 14)
+        note(processes.any_true(accelerator, False, accelerator.process_index == 1))
+
+
+def fetching():
+    """What each machine's first process fetches, the others find."""
+    accelerator = processes.start()
+
+    def fetch(file):
+        if file.exists():
+            return "found"
+        time.sleep(1)
+        file.touch()
+        return "fetched"
+
+    note(processes.first_on_each_machine(accelerator, fetch, Path(os.environ["NOTES"]).with_name("fetched")))
+    alone = accelerator.num_processes == 1
+    note(processes.from_main(accelerator, lambda: threading.current_thread() is threading.main_thread()) is alone)
+
+
+def reading_in_vain():
+    """The main process meets what its user can mend while the other still works."""
+    accelerator = processes.start()
+
+    def read():
+        if accelerator.is_main_process:
+            raise InputError("train.jsonl:1 is no JSON")
+        time.sleep(1000)
+
+    with processes.one_speaks(accelerator):
+        processes.with_heartbeat(accelerator, True, read)
+
+
+def agreeing():
+    """Checks, in which only the last process has something due, and then is asked to stop."""
+    accelerator = processes.start()
+    is_last = accelerator.process_index == accelerator.num_processes - 1
+    with Stop(accelerator) as stop:
+        note(stop.check(), stop.check(due=is_last), stop.check(due=True), stop.check())
+        reductions, reduce = [], accelerator.reduce
+        accelerator.reduce = lambda *arguments: reductions.append(1) or reduce(*arguments)
+        stop.signum = signal.SIGTERM if is_last else None
+        try:
+            stop.check(due=True)
+        except Interrupted as interrupted:
+            note(interrupted, len(reductions))

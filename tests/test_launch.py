@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -12,14 +11,32 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from moondream2 import rows as batching
-from moondream2.rows import StepSampler
+from moondream2 import launch
+from moondream2.checkpoints import Progress
 from tests.child import Children
 from tests.conftest import ROOT, TINY
-from tests.launched import failing, in_bfloat16, in_float32, sharded, sharded_in_bfloat16, variables_of
+from tests.launched import (
+    agreeing,
+    failing,
+    fetching,
+    first_step_is_lost,
+    impatient,
+    in_bfloat16,
+    in_float32,
+    reading_for_long,
+    reading_in_vain,
+    sharded,
+    sharded_and_stopped_before_it_is_applied,
+    sharded_in_bfloat16,
+    stopped_before_it_is_applied,
+    variables_of,
+)
 
 
 @pytest.fixture
@@ -93,7 +110,9 @@ def answers_of(folder):
 
 def assert_same_log(folder, expected):
     before, expected_before = log_of(folder)[0], log_of(expected)[0]
-    assert before == expected_before  # nothing trained yet: the same number, not one near it
+    loss, expected_loss = before.pop("valid_loss"), expected_before.pop("valid_loss")
+    assert loss == pytest.approx(expected_loss, rel=1e-6)  # nothing is trained yet, but a batch may have other rows
+    assert before == expected_before
     for record, expected_record in zip(log_of(folder)[1:], log_of(expected)[1:], strict=True):
         assert record == pytest.approx(expected_record, rel=1e-5)
 
@@ -140,25 +159,6 @@ def test_one_process_speaks_and_all_finish(flags, tmp_path):
     assert other == ""
 
 
-def test_the_work_is_even():
-    """Rows, positions and questions of each process over an epoch, with 1 to 12 questions a picture."""
-    data = uneven_data(pictures=2000)
-    for group in (False, True):
-        for processes in (2, 8):
-            samplers = [StepSampler(data, 8 * processes, 8, group, 0, rank, processes) for rank in range(processes)]
-            for sampler in samplers:
-                sampler.epoch = 1
-            done = [[0, 0] for _ in samplers]
-            for work, sampler in zip(done, samplers, strict=True):
-                for batch in sampler:
-                    lengths = [sampler.length(row) for row in batching.by_picture(data, batch).values()]
-                    work[0] += len(lengths)
-                    work[1] += len(lengths) * max(lengths, default=0)
-            rows, positions = zip(*done, strict=True)
-            assert max(rows) < 1.05 * min(rows), (group, processes, done)
-            assert max(positions) < 1.01 * min(positions), (group, processes, done)
-
-
 @pytest.mark.skipif(subprocess.run(["unshare", "--net", "true"]).returncode != 0, reason="no right to a namespace")
 def test_gradients_are_sent_once_a_step():
     """Bytes on the wire: what a ring sends of the gradients, and 2% for everything else, accumulating or not."""
@@ -168,15 +168,6 @@ def test_gradients_are_sent_once_a_step():
     figures = json.loads(line)
     sent, gradients = figures["bytes sent a step, all processes"], figures["bytes of gradients"]
     assert 2 * gradients <= sent < 1.02 * 2 * gradients
-
-
-def uneven_data(pictures):
-    draw = random.Random(3)
-    return [
-        SimpleNamespace(picture=f"p{p}", prompt_ids=[0] * draw.randint(8, 40), answer_ids=[0] * draw.randint(2, 12))
-        for p in range(pictures)
-        for _ in range(draw.choice([1, 1, 2, 4, 12]))
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,6 +195,51 @@ def test_bad_data_is_said_once(flags, tmp_path):
     assert all("Traceback" not in child.text() for child in children)
 
 
+def test_long_work_is_waited_for_longer_than_a_dead_process(tmp_path):
+    children = Children(2, reading_for_long, tmp_path)
+    assert children.wait() == [0, 0], [child.text() for child in children]
+    for rank in range(2):
+        assert (tmp_path / f"notes{rank}.json").read_text() == "read by 0\n[False, True]\n"
+
+
+def test_a_process_that_answers_no_more_ends_the_others(flags, tmp_path):
+    children = Children(2, {**flags, "epochs": 100_000}, tmp_path, impatient)
+    wait_for(lambda: "Before training" in children[0].text(), children)
+    os.kill(children[1].process.pid, signal.SIGSTOP)
+    try:
+        assert children[0].wait(60) == 1
+    finally:
+        children[1].kill()
+    assert children[0].text().strip().endswith("error: process 0 ends because another process did")
+    assert "Traceback" not in children[0].text()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_first_process_of_a_machine_fetches_for_all(tmp_path, processes):
+    """And a process that is alone works as if there were no others: in its main thread."""
+    children = Children(processes, fetching, tmp_path)
+    assert children.wait() == [0] * processes, children[0].text()
+    notes = [(tmp_path / f"notes{rank}.json").read_text().split() for rank in range(processes)]
+    assert notes == [["fetched", "True"], ["found", "True"]][:processes]
+
+
+def test_what_goes_wrong_in_long_work_ends_all_at_once(tmp_path):
+    children = Children(2, reading_in_vain, tmp_path)
+    assert children.wait(60) == [1, 1]
+    assert children[0].text() == "error: train.jsonl:1 is no JSON\n"
+    assert children[1].text() == "error: process 1 ends because another process did\n"
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_all_processes_agree_what_is_due_and_when_to_stop(tmp_path, processes):
+    """In one exchange; a process that is alone has none."""
+    children = Children(processes, agreeing, tmp_path)
+    assert children.wait() == [0] * processes, children[0].text()
+    for rank in range(processes):
+        notes = (tmp_path / f"notes{rank}.json").read_text()
+        assert notes == f"False True True False\nSIGTERM {int(processes > 1)}\n"
+
+
 def wait_for(what, children):
     while not what():
         assert all(child.process.exitcode is None for child in children), children[0].text()
@@ -213,7 +249,7 @@ def wait_for(what, children):
 @pytest.fixture
 def whole(flags, tmp_path):
     """A run of two processes that nothing interrupts, with a checkpoint each step as the others have."""
-    flags |= {"checkpoint_steps": 1, "features_dir": tmp_path / "features"}
+    flags |= {"checkpoint_minutes": 1e-6, "features_dir": tmp_path / "features"}
     trained(2, flags, tmp_path / "whole", features_dir=tmp_path / "features")
     return tmp_path / "whole"
 
@@ -221,7 +257,7 @@ def whole(flags, tmp_path):
 @pytest.mark.parametrize("killed", [[0], [1], [0, 1]], ids=["main", "other", "both"])
 def test_killed_it_goes_on_in_as_many_processes_to_the_same_bits(flags, whole, tmp_path, killed):
     children = Children(2, {**flags, "output_dir": tmp_path / "cut" / "out"}, tmp_path / "cut", in_float32)
-    wait_for(lambda: list((tmp_path / "cut" / "out" / "checkpoints").glob("epoch-0001-step-00000002")), children)
+    wait_for(lambda: list((tmp_path / "cut" / "out" / "checkpoints").glob("epoch-000001-step-00000002")), children)
     for rank in killed:
         os.kill(children[rank].process.pid, signal.SIGKILL)
     assert all(children.wait(60))
@@ -310,6 +346,22 @@ def test_the_bits_behind_bfloat16_weights_go_through_a_checkpoint(flags, tmp_pat
     assert weights.read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("stopped", "then"),
+    [(stopped_before_it_is_applied, in_float32), (sharded_and_stopped_before_it_is_applied, sharded)],
+    ids=["whole", "sharded"],
+)
+def test_stopped_before_the_first_applied_step_they_go_on_as_if_they_were_not(flags, tmp_path, stopped, then):
+    flags |= {"features_dir": tmp_path / "features"}
+    trained(2, flags, tmp_path / "whole", first_step_is_lost, features_dir=tmp_path / "features")
+    started = {**flags, "output_dir": tmp_path / "cut" / "out"}
+    children = Children(2, started, tmp_path / "cut", stopped, **environment(then))
+    assert children.wait() == [128 + signal.SIGTERM] * 2, children[0].text()
+    assert checkpoint_of(tmp_path / "cut")[2]["optimizer"] is None
+    trained(2, flags, tmp_path / "cut", then, features_dir=tmp_path / "features")
+    assert_same_log(tmp_path / "cut", tmp_path / "whole")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Two machines
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,7 +388,7 @@ def hosts():
                 subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def launch(hosts, folders, flags):
+def launched(hosts, folders, flags):
     """`accelerate launch` on both hosts, each in a folder of its own; their outputs."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--same_network"]
@@ -370,10 +422,64 @@ def test_two_machines_that_share_no_folder(flags, data, hosts, tmp_path):
             shutil.copy(file, folder)
     flags |= {"train_file": "train.jsonl", "valid_file": "valid.jsonl", "features_dir": "features"}
     flags |= {"output_dir": "out", "epochs": 1}
-    first, second = launch(hosts, folders, flags)
+    first, second = launched(hosts, folders, flags)
     assert "Epoch 1 of 1: Training Avg Loss" in first and "Saved to out" in first
     assert "Epoch 1 of 1" not in second and not (folders[1] / "out" / "config.json").exists()
     assert (folders[0] / "out" / "model.safetensors").exists()
     stored = [{file.name for file in (folder / "features").rglob("*.safetensors")} for folder in folders]
-    assert stored[0] == stored[1] and len(stored[0] - {"encoder.safetensors"}) == 11 == len(stored[0]) - 1
+    assert stored[0] == stored[1] and len(stored[0]) == 11
     assert "Traceback" not in first + second
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trackers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tracked(tracker, steps):
+    return SimpleNamespace(tracker=tracker, epochs=5), Progress({}, total_steps=steps, tracker_id="0123abcd")
+
+
+def test_a_run_that_goes_on_does_so_in_tensorboard(tmp_path):
+    """What was logged behind the checkpoint is there once, as it was the second time; settings are told once."""
+    for values, steps in [({0: 9.0, 1: 1.0, 2: 2.0, 3: 3.0}, 0), ({2: 20.0, 3: 30.0, 4: 40.0}, 1)]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+        launch.start_tracker(accelerator, *tracked("tensorboard", steps))
+        for step, value in values.items():
+            accelerator.log({"train_loss": value}, step)
+        accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / launch.TRACKED)).Reload().Scalars("train_loss")
+    assert [(event.step, event.value) for event in events] == [(0, 9), (1, 1), (2, 20), (3, 30), (4, 40)]
+    assert len(list(tmp_path.glob(f"{launch.TRACKED}/*/hparams.yml"))) == 1
+
+
+def test_a_run_that_goes_on_does_so_in_other_trackers():
+    """As arguments of `wandb.init` and `trackio.init`."""
+    told = []
+    accelerator = SimpleNamespace(init_trackers=lambda *arguments: told.append(arguments))
+    for tracker in (None, "wandb", "trackio"):
+        for steps in (0, 7):
+            launch.start_tracker(accelerator, *tracked(tracker, steps))
+    wandb, trackio = ({name: "0123abcd", "resume": "allow"} for name in ("id", "name"))
+    assert told == [
+        (launch.TRACKED, {"tracker": "wandb", "epochs": "5"}, {"wandb": wandb}),
+        (launch.TRACKED, None, {"wandb": wandb}),
+        (launch.TRACKED, {"tracker": "trackio", "epochs": "5"}, {"trackio": trackio}),
+        (launch.TRACKED, None, {"trackio": trackio}),
+    ]
+
+
+def test_several_processes_hold_gradients_once():
+    """In the buckets that are sent, and not a second copy beside them."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = launch.start()
+    assert accelerator.ddp_handler.gradient_as_bucket_view
+    assert accelerator.init_handler.timeout == launch.TIMEOUT
+
+
+def test_accumulation_is_the_scripts_own(monkeypatch):
+    """A launcher's would divide the loss once more, and skip steps."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert launch.start().gradient_accumulation_steps == 1
