@@ -3,27 +3,154 @@
 import base64
 import io
 import os
-import re
 import secrets
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
+import torch
+import transformers
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moondream2.files import write_text
 from moondream2.modeling_moondream2 import upright_rgb
 from moondream2.pictures import PictureError, open_picture
+from moondream2.scoring import accuracy, is_correct
+from moondream2.summary import counted, left_out_by_reason, summarize
 
 MOST_PICTURES = 300  # on the page; some 6 MB
 THUMBNAIL = (320, 240)  # pixels at most, width and height
 
-# matplotlib is given colours that stand for the page's own, which differ in light and dark
-INK, MUTED, LINE, FIRST, SECOND = "#000001", "#000002", "#000003", "#000004", "#000005"
-VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", FIRST: "--first", SECOND: "--second"}
+# The colours of the page and of its charts, for a browser set to light and for one set to dark.
+PALETTE = {
+    "light": {
+        "page": "#f7f7f5",
+        "card": "#ffffff",
+        "well": "#eeeeea",
+        "ink": "#1b1d22",
+        "muted": "#5f636c",
+        "line": "#e2e2dd",
+        "first": "#2459c9",
+        "second": "#a85a00",
+        "right": "#17703f",
+        "wrong": "#b3261e",
+        "notice": "#fdf4dc",
+        "notice-line": "#d9a400",
+    },
+    "dark": {
+        "page": "#121316",
+        "card": "#1b1d22",
+        "well": "#24272d",
+        "ink": "#e8e9ed",
+        "muted": "#a2a6b0",
+        "line": "#32353d",
+        "first": "#86abff",
+        "second": "#f0a55a",
+        "right": "#67cf95",
+        "wrong": "#ff8f86",
+        "notice": "#2a2415",
+        "notice-line": "#c99a1a",
+    },
+}
+CURVES = {  # of a number in the history: its name, its colour, its style
+    "train_loss": ("training", "second", "s--"),
+    "valid_loss": ("validation", "first", "o-"),
+    "valid_accuracy": ("validation", "first", "o-"),
+}
+
+
+def predictions(dataset, before: dict[str, str], after: dict[str, str]) -> list[dict]:
+    """What was expected, answered before training and answered after it, for each example that was asked.
+
+    Args:
+        dataset: the validation examples and their pictures.
+        before: {source of an example: the model's answer before training}; may be empty.
+        after: the same for the model that is kept.
+    """
+    return [
+        {
+            "source": example.source,
+            "image_path": example.image_path,
+            "file": str(dataset.pictures[example.picture].path),
+            "question": example.question,
+            "answer": example.answer,
+            "before": before.get(example.source),
+            "after": after[example.source],
+            "before_correct": is_correct(before[example.source], example.answer) if example.source in before else None,
+            "after_correct": is_correct(after[example.source], example.answer),
+        }
+        for example in dataset.examples
+        if example.source in after
+    ]
+
+
+def machine(device: torch.device, seconds: float) -> dict:
+    """Versions, device, time and peak memory of this process: the card's memory where there is one."""
+    is_cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) if is_cuda else peak_memory()
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"{device.type}, {os.cpu_count()} cores",
+        "seconds": round(seconds, 1),
+        "peak_memory_gib": round(peak / 2**30, 2),
+    }
+
+
+def peak_memory():
+    """The most bytes of memory that this process has held."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has no such module
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
+
+
+def facts(title, constants, summary, history, kept_epoch, predictions, skipped, left_out, machine) -> dict:
+    """What `write_report` shows, as plain data that JSON can hold.
+
+    Args:
+        title: the page's.
+        constants: a namespace with the script's constants in lower case.
+        summary: what `summarize` says of the data; None where a saved model is scored.
+        history: the records of the epochs; a number is None where it was not taken, or was not finite.
+        kept_epoch: the one whose weights are saved; None without training.
+        predictions: of `predictions`.
+        skipped: (source, reason) of the lines left out as the files were read.
+        left_out: (source, reason) of those left out later.
+        machine: of `machine`.
+    """
+    return {
+        "title": title,
+        "model": {"id": constants.model_id, "revision": constants.revision},
+        "history": history,
+        "kept_epoch": kept_epoch,
+        "data": summary,
+        "predictions": predictions,
+        "left_out": left_out_by_reason(skipped, left_out),
+        "constants": {name.upper(): value for name, value in vars(constants).items()},
+        "machine": machine,
+    }
+
+
+def facts_of_run(constants, progress, train, valid, predictions, device) -> dict:
+    """`facts` of a run that has come to its end."""
+    return facts(
+        title=Path(constants.output_dir).name,
+        constants=constants,
+        summary=summarize(train, valid),
+        history=progress.history,
+        kept_epoch=progress.best_epoch,
+        predictions=predictions,
+        skipped=[*train.skipped, *valid.skipped],
+        left_out=progress.left_out,
+        machine=machine(device, sum(record["seconds"] for record in progress.history)),
+    )
 
 
 def write_report(path: Path, run: dict) -> None:
@@ -31,32 +158,32 @@ def write_report(path: Path, run: dict) -> None:
 
     Args:
         path: of the HTML file.
-        run: plain data: title, model, history, kept_epoch, data, predictions, constants, machine. Without training, the
-            history has one entry at most and each prediction's "before" is None.
+        run: of `facts`. Without training, the history has one entry at most and each prediction's "before" is None.
     Raises:
         InputError: the file can't be written.
     """
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    templates.filters |= {"percent": percent, "decimals": decimals, "duration": duration}
+    templates.filters |= {"percent": percent, "decimals": decimals, "duration": duration, "counted": counted}
     scores = scores_of(run)
-    pictures, left_out = choose(by_picture(run["predictions"]))
+    pictures, unshown = choose(by_picture(run["predictions"]))
     page = templates.get_template("report.html.jinja").render(
         run=run,
         scores=scores,
         verdict=verdict(scores),
-        warnings=list(warnings(scores)),
+        result_warnings=list(result_warnings(scores)),
         charts=list(charts(run, scores["baseline"])) if scores["is_trained"] else [],
         pictures=pictures,
-        left_out=left_out,
+        unshown=unshown,
+        palette=PALETTE,
         nonce=secrets.token_urlsafe(16),
     )
     write_text(Path(path), page.encode("utf-8", "replace").decode("utf-8"))  # a path may hold half a character
 
 
-def percent(share):
-    return "–" if share is None else f"{share:.1%}"
+def percent(fraction):
+    return "–" if fraction is None else f"{fraction:.1%}"
 
 
 def decimals(number):
@@ -80,18 +207,12 @@ def scores_of(run):
         "is_trained": any(epochs),
         "kept": kept,
         "last": last,
-        "before": share(each["before_correct"] for each in predictions) if before is None else before,
-        "after": share(each["after_correct"] for each in predictions) if after is None else after,
+        "before": accuracy(each["before_correct"] for each in predictions) if before is None else before,
+        "after": accuracy(each["after_correct"] for each in predictions) if after is None else after,
         "loss_before": first.get("valid_loss"),
         "loss_after": kept.get("valid_loss"),
         "baseline": run["data"]["baseline_accuracy"] if run["data"] else None,
     }
-
-
-def share(answers):
-    """How many of the answers that were marked are right, 0.0 to 1.0; None where none was marked."""
-    marked = [is_right for is_right in answers if is_right is not None]
-    return sum(marked) / len(marked) if marked else None
 
 
 def verdict(scores):
@@ -106,7 +227,7 @@ def verdict(scores):
     return f"{name} {'rose' if after > before else 'fell'} from {form(before)} to {form(after)}."
 
 
-def warnings(scores):
+def result_warnings(scores):
     """Sentences on what a person should know before trusting the model."""
     before, after, baseline = scores["before"], scores["after"], scores["baseline"]
     if None not in (after, baseline) and after <= baseline:
@@ -115,54 +236,66 @@ def warnings(scores):
     if None not in (before, after) and after < before:
         yield f"Accuracy fell from {percent(before)} to {percent(after)}: the model answered better before training."
     kept, last = scores["kept"], scores["last"]
-    if None not in (kept.get("train_loss"), last.get("train_loss")):
-        valid, train = [(kept[name], last[name]) for name in ("valid_loss", "train_loss")]
-        if valid[0] < valid[1] and train[0] > train[1]:
-            yield (
-                f"It overfits after epoch {kept['epoch']}: by the last epoch, validation loss rose from "
-                f"{valid[0]:.4f} to {valid[1]:.4f} while training loss fell from {train[0]:.4f} to {train[1]:.4f}."
-            )
+    valid, train = [(kept.get(name), last.get(name)) for name in ("valid_loss", "train_loss")]
+    if None not in (*valid, *train) and valid[0] < valid[1] and train[0] > train[1]:
+        yield (
+            f"It overfits after epoch {kept['epoch']}: by the last epoch, validation loss rose from "
+            f"{valid[0]:.4f} to {valid[1]:.4f} while training loss fell from {train[0]:.4f} to {train[1]:.4f}."
+        )
 
 
 def charts(run, baseline):
     """The curves of loss and, where it was measured, of accuracy."""
-    losses = [("training", "train_loss", SECOND, "s--"), ("validation", "valid_loss", FIRST, "o-")]
-    yield chart("Loss by epoch", run, losses)
+    yield chart("Loss by epoch", run, ["train_loss", "valid_loss"])
     if any(record.get("valid_accuracy") is not None for record in run["history"]):
-        accuracy = [("validation", "valid_accuracy", FIRST, "o-")]
-        yield chart("Accuracy by epoch", run, accuracy, baseline, PercentFormatter(1, 0))
+        yield chart("Accuracy by epoch", run, ["valid_accuracy"], baseline)
 
 
-def chart(title, run, lines, baseline=None, formatter=None):
-    """A line chart as {title, view, body} of an inline SVG in the page's colours."""
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.color": INK}):
-        figure = Figure(figsize=(4.8, 2.8), layout="constrained")
-        axes = figure.add_subplot()
-        for label, name, colour, style in lines:
-            known = [record for record in run["history"] if record.get(name) is not None]
-            epochs, values = ([record[key] for record in known] for key in ("epoch", name))
-            axes.plot(epochs, values, style, color=colour, markersize=5, label=label)
-        if baseline is not None:
-            axes.axhline(baseline, color=MUTED, linestyle=":", label="baseline")
-        if run["kept_epoch"] is not None:
-            label = f"kept: epoch {run['kept_epoch']}"
-            axes.axvline(run["kept_epoch"], color=MUTED, linewidth=6, alpha=0.25, label=label)
-        axes.set_xlabel("epoch", color=MUTED)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if formatter:
-            axes.yaxis.set_major_formatter(formatter)
-        axes.grid(axis="y", color=LINE)
-        axes.tick_params(colors=MUTED, length=0)
-        axes.spines[:].set_visible(False)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, borderpad=0, columnspacing=1.4)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{title.split()[0]}-", file.getvalue())  # two charts stand in one page
-    svg = re.sub(r"font-family: [^;]*;", "", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    view, body = re.search(r'viewBox="([^"]*)".*?</metadata>(.*)</svg>', svg, re.DOTALL).groups()
-    return {"title": title, "view": view, "body": Markup(body)}
+def chart(title, run, names, baseline=None):
+    """A chart of the numbers of these names: {title, alt: what it says, light and dark: an SVG in base64}."""
+    pictures = {scheme: draw(run, names, baseline, colours) for scheme, colours in PALETTE.items()}
+    parts = [title, *(in_words(run["history"], name) for name in names)]
+    parts += [] if baseline is None else [f"baseline: {percent(baseline)}"]
+    parts += [] if run["kept_epoch"] is None else [f"kept: epoch {run['kept_epoch']}"]
+    return {"title": title, "alt": ". ".join(parts) + ".", **pictures}
+
+
+def in_words(history, name):
+    """What a curve says: its first, best and last number."""
+    known = [(record["epoch"], record[name]) for record in history if record.get(name) is not None]
+    if not known:
+        return f"{CURVES[name][0]}: no numbers"
+    form, better = (percent, max) if name == "valid_accuracy" else (decimals, min)
+    points = {"first": known[0], "best": better(known, key=lambda point: point[1]), "last": known[-1]}
+    told = [f"{which} {form(value)} (epoch {epoch})" for which, (epoch, value) in points.items()]
+    return f"{CURVES[name][0]}: {', '.join(told)}"
+
+
+def draw(run, names, baseline, colours):
+    """A line chart in these colours, as an SVG in base64; a number that is missing leaves a gap."""
+    figure = Figure(figsize=(4.3, 2.7), layout="constrained")
+    axes = figure.add_subplot()
+    epochs = [record["epoch"] for record in run["history"]]
+    for name in names:
+        label, colour, style = CURVES[name]
+        values = [record.get(name) for record in run["history"]]
+        axes.plot(epochs, values, style, color=colours[colour], markersize=5, label=label)
+    if baseline is not None:
+        axes.axhline(baseline, color=colours["muted"], linestyle=":", label="baseline")
+    if run["kept_epoch"] is not None:
+        label = f"kept: epoch {run['kept_epoch']}"
+        axes.axvline(run["kept_epoch"], color=colours["muted"], linewidth=6, alpha=0.25, label=label)
+    axes.set_xlabel("epoch", color=colours["muted"])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if "valid_accuracy" in names:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
+    axes.grid(axis="y", color=colours["line"])
+    axes.tick_params(colors=colours["muted"], length=0)
+    axes.spines[:].set_visible(False)
+    legend = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "frameon": False}
+    axes.legend(**legend, labelcolor=colours["ink"], borderpad=0, columnspacing=1, handlelength=1.6)
+    figure.savefig(file := io.BytesIO(), format="svg", transparent=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def by_picture(predictions):
@@ -184,12 +317,12 @@ def states(prediction):
 
 
 def choose(pictures):
-    """The pictures for the page, with thumbnails, and those left out: if there are too many, the uneventful ones."""
+    """The pictures for the page, with thumbnails, and those not shown: if there are too many, the uneventful ones."""
     by_interest = sorted(pictures, key=lambda picture: not any(each["states"] for each in picture["questions"]))
-    chosen, left_out = by_interest[:MOST_PICTURES], by_interest[MOST_PICTURES:]
+    chosen, unshown = by_interest[:MOST_PICTURES], by_interest[MOST_PICTURES:]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         thumbnails = pool.map(thumbnail, [picture["file"] for picture in chosen])
-        return [{**picture, "thumbnail": each} for picture, each in zip(chosen, thumbnails, strict=True)], left_out
+        return [{**picture, "thumbnail": each} for picture, each in zip(chosen, thumbnails, strict=True)], unshown
 
 
 def thumbnail(file):

@@ -57,16 +57,16 @@ def is_correct(prediction: str, answer: str) -> bool:
     return normalize(prediction) == normalize(answer)
 
 
-def accuracy(predictions, answers) -> float:
-    """The share of predictions that are right, 0.0 to 1.0.
+def accuracy(marks) -> float | None:
+    """The fraction of answers that are right, 0.0 to 1.0.
 
-    Raises:
-        ValueError: there are none, or not as many predictions as answers.
+    Args:
+        marks: True or False for each answer; None for what was not asked, which does not count.
+    Returns:
+        None where nothing counts.
     """
-    right = [is_correct(prediction, answer) for prediction, answer in zip(predictions, answers, strict=True)]
-    if not right:
-        raise ValueError("no answers to score")
-    return sum(right) / len(right)
+    marks = [is_right for is_right in marks if is_right is not None]
+    return sum(marks) / len(marks) if marks else None
 
 
 def most_frequent(answers):
@@ -95,5 +95,6 @@ def baseline_accuracy(train_examples, valid_examples) -> float:
     """
     answers = most_frequent_answers(train_examples)
     fallback = most_frequent(example.answer for example in train_examples)
-    predictions = [answers.get(normalize(example.question), fallback) for example in valid_examples]
-    return accuracy(predictions, [example.answer for example in valid_examples])
+    return accuracy(
+        is_correct(answers.get(normalize(example.question), fallback), example.answer) for example in valid_examples
+    )

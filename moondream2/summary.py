@@ -1,25 +1,31 @@
 """What is in the training and validation files, and what is wrong with them, before any time is spent on training."""
 
+import io
+import shutil
 import statistics
-import textwrap
-import unicodedata
+import sys
 from collections import Counter, defaultdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 from moondream2.scoring import baseline_accuracy, normalize
 
-FIRST_PLACES = 3  # that a warning or a reason for skipping names
+FIRST_SOURCES = 3  # that a warning or a reason for leaving lines out names
 TOP_ANSWERS = 10
 SMALLEST_VALIDATION = 20  # examples; below it one answer moves the accuracy by more than 5 points
 LARGEST_SHARE = 0.9  # of one answer; above it a model that never looks at the picture scores as well
+LOG_WIDTH = 100  # columns of the table where it goes into a file and no terminal says how wide it is
 
 
 def summarize(train, valid) -> dict:
     """Facts about both datasets and warnings about them, as plain data that JSON can hold."""
     files = {"train": summarize_file(train), "valid": summarize_file(valid)}
-    can_score = train.examples and valid.examples
     return {
         **files,
-        "baseline_accuracy": baseline_accuracy(train.examples, valid.examples) if can_score else None,
+        "baseline_accuracy": baseline_accuracy(train.examples, valid.examples),
         "warnings": [
             *leaks(train, valid),
             *(warning for dataset in (train, valid) for warning in repeats(dataset)),
@@ -38,9 +44,6 @@ def summarize_file(dataset):
     spelling = {}
     for example in examples:
         spelling.setdefault(normalize(example.answer), example.answer)
-    skipped = defaultdict(list)
-    for place, reason in dataset.skipped:
-        skipped[reason.split(":")[0]].append(place)
     return {
         "path": str(dataset.path),
         "examples": len(examples),
@@ -51,21 +54,48 @@ def summarize_file(dataset):
         "different_answers": len(answers),
         "answers": [[spelling[answer], count] for answer, count in answers.most_common(TOP_ANSWERS)],
         "picture_sizes": picture_sizes([dataset.pictures[picture].size for picture in questions]),
-        "skipped": {
-            reason: {"count": len(places), "places": places[:FIRST_PLACES]} for reason, places in skipped.items()
-        },
+        "skipped": by_reason(dataset.skipped),
     }
+
+
+def by_reason(lines):
+    """{reason: {"count", "sources"}} of the (source, reason) of lines left out; details behind a colon don't count."""
+    sources = defaultdict(list)
+    for source, reason in lines:
+        sources[reason.split(":")[0]].append(source)
+    return {reason: {"count": len(each), "sources": each[:FIRST_SOURCES]} for reason, each in sources.items()}
+
+
+def left_out_by_reason(skipped, left_out) -> list[dict]:
+    """The lines that were not trained or validated on, as [{"when", "reason", "count", "sources"}].
+
+    Args:
+        skipped: (source, reason) of the lines left out as the files were read.
+        left_out: (source, reason) of those whose picture disappeared or broke later.
+    """
+    stages = {"as the files were read": skipped, "during the run": left_out}
+    return [
+        {"when": when, "reason": reason, **each}
+        for when, lines in stages.items()
+        for reason, each in by_reason(lines).items()
+    ]
+
+
+def counted(lines):
+    """How many lines, and the first few of them: "5 (train.jsonl:7, train.jsonl:8, train.jsonl:9, …)"."""
+    more = ", …" if lines["count"] > len(lines["sources"]) else ""
+    return f"{lines['count']:,} ({', '.join(lines['sources'])}{more})"
 
 
 def median_and_most(numbers):
     numbers = list(numbers)
-    return {"median": statistics.median_low(numbers), "most": max(numbers)} if numbers else None
+    return {"median": statistics.median_low(numbers), "most": max(numbers)}
 
 
 def picture_sizes(sizes):
     """The [width, height] of the picture with the fewest pixels, the one in the middle, and the one with the most."""
     sizes = [list(size) for size in sorted(sizes, key=lambda size: (size[0] * size[1], size))]
-    return {"smallest": sizes[0], "median": sizes[(len(sizes) - 1) // 2], "largest": sizes[-1]} if sizes else None
+    return {"smallest": sizes[0], "median": sizes[(len(sizes) - 1) // 2], "largest": sizes[-1]}
 
 
 def leaks(train, valid):
@@ -74,7 +104,7 @@ def leaks(train, valid):
     shared = {}
     for example in valid.examples:
         if example.picture in trained:
-            shared.setdefault(example.picture, example.place)
+            shared.setdefault(example.picture, example.source)
     if shared:
         how_many = count(shared, "picture stands", "pictures stand")
         where = f"{train.path.name} and {valid.path.name} ({first(shared.values())})"
@@ -87,7 +117,7 @@ def repeats(dataset):
     for example in dataset.examples:
         words = (example.picture, example.question, example.answer)
         if words in seen:
-            again.append(example.place)
+            again.append(example.source)
         seen.add(words)
     if again:
         yield f"{count(again, 'example repeats', 'examples repeat')} an earlier one word for word ({first(again)})"
@@ -95,27 +125,27 @@ def repeats(dataset):
 
 def contradictions(dataset):
     """Questions that are asked twice of a picture with answers that differ."""
-    answers, places = {}, {}
+    answers, sources = {}, {}
     for example in dataset.examples:
         asked = (example.picture, normalize(example.question))
         answer = answers.setdefault(asked, normalize(example.answer))
         if answer != normalize(example.answer):
-            places.setdefault(asked, example.place)
-    if places:
-        times = count(places, "question is asked of its picture", "questions are asked of their picture")
-        yield f"{times} more than once, with different answers ({first(places.values())})"
+            sources.setdefault(asked, example.source)
+    if sources:
+        times = count(sources, "question is asked of its picture", "questions are asked of their picture")
+        yield f"{times} more than once, with different answers ({first(sources.values())})"
 
 
 def too_small(valid):
     examples = len(valid.examples)
-    if 0 < examples < SMALLEST_VALIDATION:
+    if examples < SMALLEST_VALIDATION:
         how_many = count(valid.examples, "example", "examples")
         yield f"{valid.path.name} has only {how_many}: one answer moves the accuracy by {1 / examples:.0%}"
 
 
 def one_sided(file):
     """One answer that almost every example of the file has."""
-    if file["examples"] and file["answers"][0][1] > LARGEST_SHARE * file["examples"]:
+    if file["answers"][0][1] > LARGEST_SHARE * file["examples"]:
         answer, times = file["answers"][0]
         name = file["path"].replace("\\", "/").split("/")[-1]
         share = times / file["examples"]
@@ -126,10 +156,10 @@ def count(things, one, many):
     return f"{len(things):,} {one if len(things) == 1 else many}"
 
 
-def first(places):
-    """The first few places, and that there are more."""
-    places = list(places)
-    return ", ".join(places[:FIRST_PLACES]) + (", …" if len(places) > FIRST_PLACES else "")
+def first(sources):
+    """The first few sources, and that there are more."""
+    sources = list(sources)
+    return ", ".join(sources[:FIRST_SOURCES]) + (", …" if len(sources) > FIRST_SOURCES else "")
 
 
 def printable(text):
@@ -138,38 +168,70 @@ def printable(text):
 
 
 def one_line(text, width):
-    """Text from the data on one line of at most `width` characters."""
-    text = " ".join(printable(text).split())
-    return text if len(text) <= width else text[: width - 1] + "…"
+    """Text from the data on one line of at most `width` columns of a terminal."""
+    line = Text(" ".join(printable(text).split()))
+    line.truncate(width, overflow="ellipsis")
+    return line.plain
 
 
 def format_table(summary: dict) -> str:
-    """The summary for a terminal: one row a fact, one column a file, then the baseline and the warnings."""
+    """What the files say before any picture is decoded: one row a fact, one column a file, then notes on both."""
     files = [summary["train"], summary["valid"]]
-    rows = [["", *(file["path"][-34:] for file in files)]]
-    for name in ("examples", "pictures", "different_answers"):
-        rows.append([name, *(f"{file[name]:,}" for file in files)])
+    rows = [(name, [f"{file[name]:,}" for file in files]) for name in ("examples", "pictures", "different_answers")]
     for name in ("questions_per_picture", "prompt_tokens", "answer_tokens"):
-        rows.append([name, *(spread(file[name]) for file in files)])
-    rows.append(["picture_sizes", *(smallest_to_largest(file["picture_sizes"]) for file in files)])
-    rows += [["" if i else "most_frequent_answers", *(top_answer(file, i) for file in files)] for i in range(3)]
-    for reason in sorted({reason for file in files for reason in file["skipped"]}):
-        rows.append([f"skipped: {reason}", *(skips(file["skipped"].get(reason)) for file in files)])
-    lines = ["  ".join(map(cell, (row[0].replace("_", " "), *row[1:]), (28, 34, 34))).rstrip() for row in rows]
-    if summary["baseline_accuracy"] is not None:
-        baseline = f"{summary['baseline_accuracy']:.1%}, by always giving a question's most frequent answer"
-        lines.append(f"{cell('baseline accuracy', 28)}  {baseline}")
-    for warning in summary["warnings"]:
-        lines += textwrap.wrap(f"warning: {printable(warning)}", 100, subsequent_indent=" " * 9)
-    return "\n".join(lines)
+        rows.append((name, [f"{file[name]['median']}, at most {file[name]['most']}" for file in files]))
+    rows.append(("picture_sizes", [smallest_to_largest(file["picture_sizes"]) for file in files]))
+    most = min(3, max(len(file["answers"]) for file in files))
+    rows += [("" if i else "most_frequent_answers", [top_answer(file, i) for file in files]) for i in range(most)]
+    rows = [(name.replace("_", " "), cells) for name, cells in rows]
+    for reason in dict.fromkeys(reason for file in files for reason in file["skipped"]):
+        skipped = [file["skipped"].get(reason) for file in files]
+        rows.append((f"skipped: {reason}", [counted(lines) if lines else "-" for lines in skipped]))
+
+    table = Table(Column(no_wrap=True), box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    paths = [file["path"] for file in files]
+    names = [Path(path).name for path in paths]
+    for name in names if len(set(names)) > 1 else paths:
+        table.add_column(cell(name))
+    for name, cells in rows:
+        table.add_row(cell(name), *map(cell, cells))
+    baseline = f"{summary['baseline_accuracy']:.1%} accuracy, by always giving a question's most frequent answer"
+    return rendered(table, notes([("baseline", baseline), *(("warning", each) for each in summary["warnings"])]))
 
 
-def spread(numbers):
-    return f"{numbers['median']}, at most {numbers['most']}" if numbers else "-"
+def format_left_out(left_out) -> str:
+    """What only decoding the pictures told: how many lines are left out for it; "" for none.
+
+    Args:
+        left_out: their (source, reason).
+    """
+    found = by_reason(left_out).items()
+    return rendered(notes(("left out", f"{reason}: {counted(lines)}") for reason, lines in found)) if found else ""
+
+
+def notes(pairs):
+    """A grid of a kind of note and its text, which goes on below itself."""
+    grid = Table.grid(Column(no_wrap=True), Column(), padding=(0, 2, 0, 0))
+    for kind, text in pairs:
+        grid.add_row(cell(f"{kind}:"), cell(text))
+    return grid
+
+
+def cell(text):
+    """Text from the data as it stands: nothing in it is markup, and what is too long goes on in the next line."""
+    return Text(printable(text), overflow="fold")
+
+
+def rendered(*parts):
+    """The parts as plain text, as wide as the terminal; LOG_WIDTH columns where there is none."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else LOG_WIDTH
+    console = Console(file=io.StringIO(), width=width, force_terminal=False, force_jupyter=False)
+    console.print(*parts)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().split("\n"))
 
 
 def smallest_to_largest(sizes):
-    smallest, largest = ("{} x {}".format(*sizes[which]) if sizes else "-" for which in ("smallest", "largest"))
+    smallest, largest = ("{} x {}".format(*sizes[which]) for which in ("smallest", "largest"))
     return smallest if smallest == largest else f"{smallest} to {largest}"
 
 
@@ -178,16 +240,3 @@ def top_answer(file, i):
         return ""
     answer, times = file["answers"][i]
     return f"{times / file['examples']:4.0%} {one_line(answer, 29)}"
-
-
-def skips(skipped):
-    return f"{skipped['count']:,} ({first(skipped['places'])})" if skipped else "-"
-
-
-def cell(text, width):
-    """Text in exactly `width` columns of a terminal, where a Chinese or Japanese character takes two."""
-    text = printable(text)
-    columns = [2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text]
-    while sum(columns) > width:
-        text, columns = text[:-1], columns[:-1]
-    return text + " " * (width - sum(columns))

@@ -1,4 +1,4 @@
-"""The report: what it says, and that it works in a browser."""
+"""The report and the model card: what they say, and that the report works in a browser."""
 
 import base64
 import errno
@@ -6,9 +6,15 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -16,8 +22,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from moondream2 import report
+from moondream2.card import model_card
 from moondream2.cli import InputError
-from moondream2.report import scores_of, verdict, warnings, write_report
+from moondream2.report import PALETTE, facts, machine, predictions, result_warnings, scores_of, verdict, write_report
 
 EVIL = "</script><script>window.evil = 1</script>\"'><img src=nothing onerror='window.evil = 1'>{{ 7 * 7 }}"
 CHROMIUM_OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage
@@ -28,7 +35,7 @@ def prediction(file, number, question, answer, before, after):
     return {
         "image_path": f"images/{file.name}",
         "file": str(file),
-        "place": f"valid.jsonl:{number}",
+        "source": f"valid.jsonl:{number}",
         "question": question,
         "answer": answer,
         "before": before,
@@ -38,7 +45,7 @@ def prediction(file, number, question, answer, before, after):
     }
 
 
-def facts(name):
+def facts_of(name):
     return {
         "path": name,
         "examples": 4,
@@ -49,7 +56,7 @@ def facts(name):
         "different_answers": 2,
         "answers": [["Yes.", 3], ["Two cars.", 1]],
         "picture_sizes": {"smallest": [20, 30], "median": [40, 30], "largest": [50, 60]},
-        "skipped": {"picture not found": {"count": 5, "places": [f"{name}:7", f"{name}:8", f"{name}:9"]}},
+        "skipped": {},
     }
 
 
@@ -75,12 +82,13 @@ def make_run(predictions=(), **changes):
         "history": history((None, 3.0), (2.0, 1.7), (1.0, 1.5), (0.5, 1.9), accuracies=[0.25, 0.5, 0.75, 0.5]),
         "kept_epoch": 2,
         "data": {
-            "train": facts("train.jsonl"),
-            "valid": facts("valid.jsonl"),
+            "train": facts_of("train.jsonl"),
+            "valid": facts_of("valid.jsonl"),
             "baseline_accuracy": 0.4,
             "warnings": [],
         },
         "predictions": list(predictions),
+        "left_out": [],
         "constants": {"EPOCHS": 3, "LEARNING_RATE": 3e-5},
         "machine": {"torch": "2.13.0", "device": "cpu", "seconds": 3725.0, "peak_memory_gib": 8.215},
     }
@@ -94,7 +102,7 @@ def scored(predictions):
 
 
 @pytest.fixture
-def predictions(tmp_path):
+def answers(tmp_path):
     """Four questions on three pictures, of which one is gone and one is no picture."""
     whole, gone, broken = (tmp_path / name for name in ("whole.jpg", "gone.jpg", "broken.jpg"))
     Image.new("RGB", (900, 600), "teal").save(whole)
@@ -160,7 +168,7 @@ def chips(page):
 
 def said(**changes):
     scores = scores_of(make_run(**changes))
-    return verdict(scores), list(warnings(scores))
+    return verdict(scores), list(result_warnings(scores))
 
 
 def test_verdict_goes_from_before_training_to_the_kept_epoch():
@@ -177,15 +185,15 @@ def test_verdict_without_accuracy_is_of_the_loss():
     assert said(history=losses, kept_epoch=1)[0] == "Validation loss fell from 3.0000 to 1.7000."
 
 
-def test_verdict_counts_the_answers_where_the_history_has_no_accuracy(predictions):
+def test_verdict_counts_the_answers_where_the_history_has_no_accuracy(answers):
     losses = history((None, 3.0), (2.0, 1.7), accuracies=[None, None])
-    scores = scores_of(make_run(predictions, history=losses, kept_epoch=1))
+    scores = scores_of(make_run(answers, history=losses, kept_epoch=1))
     assert (scores["before"], scores["after"]) == (0.5, 0.5)
 
 
-def test_verdict_on_a_saved_model(predictions):
-    assert verdict(scores_of(scored(predictions))) == "Accuracy is 50.0%."
-    assert verdict(scores_of({**scored(predictions), "history": []})) == "Accuracy is 50.0%."
+def test_verdict_on_a_saved_model(answers):
+    assert verdict(scores_of(scored(answers))) == "Accuracy is 50.0%."
+    assert verdict(scores_of({**scored(answers), "history": []})) == "Accuracy is 50.0%."
     assert verdict(scores_of(scored([]) | {"history": []})) == "Nothing was measured."
 
 
@@ -215,9 +223,9 @@ def test_no_warning_without_a_reason():
     assert said(history=losses)[1] == []
 
 
-def test_page_of_a_run(open_page, predictions):
+def test_page_of_a_run(open_page, answers):
     data = {**make_run()["data"], "warnings": ["2 pictures stand in both files"]}
-    page = open_page(make_run(predictions, data=data))
+    page = open_page(make_run(answers, data=data))
     text = page.find_element(By.TAG_NAME, "main").text
     for words in (
         "Accuracy rose from 25.0% to 75.0%.",
@@ -225,7 +233,6 @@ def test_page_of_a_run(open_page, predictions):
         "without a look at the picture, scores 40.0%",
         "It overfits after epoch 2",
         "2 pictures stand in both files",
-        "5 (train.jsonl:7, train.jsonl:8, train.jsonl:9, …)",
         "20 × 30, 40 × 30, 50 × 60",
         "LEARNING_RATE 3e-05",
         "Time 1 h 2 min",
@@ -240,28 +247,196 @@ def test_page_of_a_run(open_page, predictions):
     ]
 
 
-def test_charts_are_named_and_have_every_line(open_page, predictions):
-    page = open_page(make_run(predictions))
-    charts = page.find_elements(By.CSS_SELECTOR, "svg[role=img]")
-    assert [chart.accessible_name.split(" A line")[0] for chart in charts] == ["Loss by epoch", "Accuracy by epoch"]
-    labels = [{text.text for text in chart.find_elements(By.TAG_NAME, "text")} for chart in charts]
+def test_charts_say_in_words_what_they_show(open_page, answers):
+    page = open_page(make_run(answers))
+    assert [chart.accessible_name for chart in page.find_elements(By.CSS_SELECTOR, ".chart")] == [
+        "Loss by epoch. training: first 2.0000 (epoch 1), best 0.5000 (epoch 3), last 0.5000 (epoch 3). "
+        "validation: first 3.0000 (epoch 0), best 1.5000 (epoch 2), last 1.9000 (epoch 3). kept: epoch 2.",
+        "Accuracy by epoch. validation: first 25.0% (epoch 0), best 75.0% (epoch 2), last 50.0% (epoch 3). "
+        "baseline: 40.0%. kept: epoch 2.",
+    ]
+
+
+def drawn(page):
+    """The SVG of each chart that a browser shows."""
+    sources = page.execute_script("return [...document.querySelectorAll('.chart')].map(each => each.currentSrc)")
+    return [base64.b64decode(each.removeprefix("data:image/svg+xml;base64,")).decode() for each in sources]
+
+
+def test_charts_have_every_line(open_page, answers):
+    page = open_page(make_run(answers))
+    labels = [
+        set(re.findall("<!-- (.*) -->", svg)) for svg in drawn(page)
+    ]  # matplotlib names so what it draws as paths
     assert {"training", "validation", "kept: epoch 2", "epoch"} <= labels[0]
     assert {"validation", "baseline", "kept: epoch 2", "40%"} <= labels[1]
-    ids = page.execute_script("return [...document.querySelectorAll('[id]')].map(each => each.id)")
-    assert len(ids) == len(set(ids))
+    widths = page.execute_script("return [...document.querySelectorAll('.chart')].map(each => each.naturalWidth)")
+    assert len(widths) == 2 and min(widths) > 100
 
 
-def test_page_of_a_saved_model(open_page, predictions):
-    page = open_page(scored(predictions))
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_charts_and_page_have_the_same_colours(open_page, answers, scheme):
+    page = open_page(make_run(answers), scheme=scheme)
+    variable = "return getComputedStyle(document.documentElement).getPropertyValue(arguments[0])"
+    assert {name: page.execute_script(variable, f"--{name}") for name in PALETTE[scheme]} == PALETTE[scheme]
+    for svg in drawn(page):
+        used = set(re.findall("#[0-9a-f]{6}", svg))
+        assert {PALETTE[scheme][name] for name in ("ink", "muted", "line", "first")} <= used
+        assert used <= set(PALETTE[scheme].values())
+
+
+def test_lines_left_out(open_page):
+    left_out = [
+        {"when": "as the files were read", "reason": "too long", "count": 1, "sources": ["train.jsonl:7"]},
+        {"when": "during the run", "reason": "picture broken", "count": 4, "sources": ["a:1", "a:2", "a:3"]},
+    ]
+    page = open_page(make_run(left_out=left_out))
+    assert page.find_element(By.CSS_SELECTOR, "section:has(#left-out)").text.splitlines() == [
+        "Left out",
+        "too long, as the files were read 1 (train.jsonl:7)",
+        "picture broken, during the run 4 (a:1, a:2, a:3, …)",
+    ]
+
+
+def test_no_part_for_lines_left_out_where_there_are_none(open_page):
+    assert shown(open_page(make_run()), "h2") == ["Training", "Data", "How it was made"]
+
+
+def test_page_of_a_saved_model(open_page, answers):
+    page = open_page(scored(answers))
     assert shown(page, "h2") == ["Validation pictures", "How it was made"]
     assert chips(page) == ["All 4", "Wrong now 2"]
     assert {text.splitlines()[2] for text in shown(page, ".question dl")} == {"Answer"}
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf"), None])
-def test_losses_that_are_no_numbers(tmp_path, loss):
-    write_report(tmp_path / "report.html", make_run(history=history((None, loss), (loss, loss)), kept_epoch=1))
-    assert "<svg" in (tmp_path / "report.html").read_text()
+def test_losses_that_were_not_finite(open_page):
+    page = open_page(make_run(history=history((None, None), (None, None), (0.5, None)), kept_epoch=2))
+    assert shown(page, ".numbers tbody tr") == [
+        "0 (before) – – – – 1 min 15 s",
+        "1 – – – 3e-05 1 min 15 s",
+        "2 ★ kept 0.5000 – – 3e-05 1 min 15 s",
+    ]
+    assert "validation: no numbers" in page.find_element(By.CSS_SELECTOR, ".chart").accessible_name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it is made from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dataset(name, skipped=()):
+    """Two examples on a picture."""
+    texts = [("Is it safe to cross?", "Yes."), ("How many cars?", "Two.")]
+    examples = [
+        SimpleNamespace(source=f"{name}:{i}", image_path="a.jpg", question=question, answer=answer, picture="key")
+        for i, (question, answer) in enumerate(texts, start=1)
+    ]
+    pictures = {"key": SimpleNamespace(path=Path("images/a.jpg"))}
+    return SimpleNamespace(path=Path(name), examples=examples, pictures=pictures, skipped=list(skipped))
+
+
+CONSTANTS = SimpleNamespace(
+    model_id="vikhyatk/moondream2",
+    revision="92d3d73",
+    train_file="train.jsonl",
+    valid_file="valid.jsonl",
+    output_dir="crossings",
+    learning_rate=3e-5,
+)
+SKIPPED = [(f"train.jsonl:{i}", f"picture not found: {i}.jpg") for i in range(5)]
+LEFT_OUT = [["valid.jsonl:7", "picture broken: 7.jpg: the file has changed"]]
+
+
+def test_predictions_are_of_what_was_asked():
+    before, after = {"valid.jsonl:2": "three"}, {"valid.jsonl:2": "2"}
+    assert predictions(dataset("valid.jsonl"), before, after) == [
+        {
+            "source": "valid.jsonl:2",
+            "image_path": "a.jpg",
+            "file": str(Path("images/a.jpg")),
+            "question": "How many cars?",
+            "answer": "Two.",
+            "before": "three",
+            "after": "2",
+            "before_correct": False,
+            "after_correct": True,
+        }
+    ]
+    (alone,) = predictions(dataset("valid.jsonl"), {}, after)
+    assert (alone["before"], alone["before_correct"]) == (None, None)
+
+
+def test_facts_are_what_the_report_shows(open_page):
+    answers = predictions(dataset("valid.jsonl"), {}, {"valid.jsonl:1": "Yes.", "valid.jsonl:2": "One."})
+    run = make_run()
+    parts = run["data"], run["history"], run["kept_epoch"], answers, SKIPPED, LEFT_OUT
+    made = facts("crossings", CONSTANTS, *parts, machine(torch.device("cpu"), 12.34))
+    assert json.loads(json.dumps(made)) == made
+    assert made.keys() == run.keys()
+    text = open_page(made).find_element(By.TAG_NAME, "main").text
+    for words in (
+        "LEARNING_RATE 3e-05",
+        "picture not found, as the files were read 5 (train.jsonl:0, train.jsonl:1, train.jsonl:2, …)",
+        "picture broken, during the run 1 (valid.jsonl:7)",
+        "Time 12 s",
+    ):
+        assert words in text
+
+
+def test_peak_memory_is_what_the_process_held_at_most():
+    peak, now = machine(torch.device("cpu"), 1.0)["peak_memory_gib"], psutil.Process().memory_info().rss
+    assert now / 2**30 - 0.01 <= peak < psutil.virtual_memory().total / 2**30
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no getrusage")
+@pytest.mark.parametrize(("platform", "expected"), [("linux", 5 << 10), ("darwin", 5)])
+def test_peak_memory_is_in_the_unit_of_the_system(monkeypatch, platform, expected):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=5))
+    assert report.peak_memory() == expected
+
+
+def test_peak_memory_on_windows(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "resource", None)  # there is no such module
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=5))
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    assert runpy.run_path(report.__file__)["peak_memory"]() == 5
+
+
+def card(skipped=(), left_out=(), epochs=None):
+    epochs = epochs or history((None, 3.0), (2.0, 1.7), accuracies=[None, 0.5])
+    progress = SimpleNamespace(history=epochs, best_epoch=1, left_out=left_out)
+    return model_card(CONSTANTS, progress, dataset("train.jsonl", skipped), dataset("valid.jsonl"))
+
+
+def test_card():
+    lines = card().splitlines()
+    for line in (
+        "# crossings",
+        "vikhyatk/moondream2 at revision 92d3d73, fine-tuned with its vision encoder frozen.",
+        "- train.jsonl: 2 examples on 1 pictures",
+        "| 0 | – | 3.0000 | – |",
+        "| 1 | 2.0000 | 1.7000 | 50.0% |",
+        "The weights are those of epoch 1. Epoch 0 is the model before training.",
+        "LEARNING_RATE = 3e-05",
+    ):
+        assert line in lines
+    code = card().split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "'Is it safe to cross?'" in code
+
+
+def test_card_says_what_was_left_out():
+    assert card(SKIPPED, LEFT_OUT).split("## Left out\n\n")[1].split("\n\n##")[0].splitlines() == [
+        "- picture not found, as the files were read: 5 (train.jsonl:0, train.jsonl:1, train.jsonl:2, …)",
+        "- picture broken, during the run: 1 (valid.jsonl:7)",
+    ]
+    assert "Left out" not in card()
+
+
+def test_card_of_losses_that_were_not_finite():
+    assert "| 1 | – | – | – |" in card(epochs=history((None, 3.0), (None, None))).splitlines()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,8 +449,8 @@ def thumbnails(path):
     return [Image.open(io.BytesIO(base64.b64decode(each))) for each in encoded]
 
 
-def test_one_small_thumbnail_for_each_picture_that_can_be_read(tmp_path, predictions):
-    write_report(tmp_path / "report.html", make_run(predictions))
+def test_one_small_thumbnail_for_each_picture_that_can_be_read(tmp_path, answers):
+    write_report(tmp_path / "report.html", make_run(answers))
     assert [image.size for image in thumbnails(tmp_path / "report.html")] == [(320, 213)]
 
 
@@ -288,20 +463,20 @@ def test_thumbnails_are_upright(tmp_path):
     assert [image.size for image in thumbnails(tmp_path / "report.html")] == [(20, 60)]
 
 
-def test_placeholder_for_a_picture_that_is_gone_or_broken(open_page, predictions):
-    page = open_page(make_run(predictions))
+def test_placeholder_for_a_picture_that_is_gone_or_broken(open_page, answers):
+    page = open_page(make_run(answers))
     assert shown(page, ".missing") == ["The picture is gone or can’t be read."] * 2
     assert page.execute_script("return [...document.images].every(image => image.complete && image.naturalWidth)")
 
 
 def test_pictures_beyond_the_cap_are_the_uneventful_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MOST_PICTURES", 3)
-    answers = [("Yes.", "Yes."), ("Yes.", "Yes."), ("Yes.", "No."), ("No.", "Yes."), ("No.", "No."), ("Yes.", "Yes.")]
-    cases = [prediction(tmp_path / f"{i}.jpg", i, "Is it?", "Yes.", *pair) for i, pair in enumerate(answers)]
+    pairs = [("Yes.", "Yes."), ("Yes.", "Yes."), ("Yes.", "No."), ("No.", "Yes."), ("No.", "No."), ("Yes.", "Yes.")]
+    cases = [prediction(tmp_path / f"{i}.jpg", i, "Is it?", "Yes.", *pair) for i, pair in enumerate(pairs)]
     write_report(tmp_path / "report.html", make_run(cases))
     page = (tmp_path / "report.html").read_text()
     assert re.findall(r"text\">images/(\d).jpg", page) == ["2", "3", "4"]
-    assert "3 of 6 pictures are left out" in page
+    assert "3 of 6 pictures are not shown" in page
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,8 +484,8 @@ def test_pictures_beyond_the_cap_are_the_uneventful_ones(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_filters(open_page, predictions):
-    page = open_page(make_run(predictions))
+def test_filters(open_page, answers):
+    page = open_page(make_run(answers))
     assert chips(page) == ["All 4", "Wrong now 2", "Newly right 1", "Newly wrong 1"]
     expected = {
         "All": ["valid.jsonl:1", "valid.jsonl:2", "valid.jsonl:4", "valid.jsonl:3"],
@@ -320,23 +495,23 @@ def test_filters(open_page, predictions):
     }
     for chip in page.find_elements(By.CLASS_NAME, "chip"):
         chip.click()
-        assert shown(page, ".place") == expected[chip.text.rsplit(maxsplit=1)[0].strip()]
+        assert shown(page, ".source") == expected[chip.text.rsplit(maxsplit=1)[0].strip()]
     assert shown(page, ".file") == ["images/whole.jpg"]
     assert shown(page, "#shown") == ["1 question on 1 picture"]
 
 
-def test_filters_by_keyboard(open_page, predictions):
-    page = open_page(make_run(predictions))
+def test_filters_by_keyboard(open_page, answers):
+    page = open_page(make_run(answers))
     page.execute_script("document.querySelector('[type=radio]').focus()")
     page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
-    assert shown(page, ".place") == ["valid.jsonl:2", "valid.jsonl:4"]
+    assert shown(page, ".source") == ["valid.jsonl:2", "valid.jsonl:4"]
     page.switch_to.active_element.send_keys(Keys.TAB)
     page.switch_to.active_element.send_keys("RAIN" + Keys.ENTER)
-    assert shown(page, ".place") == ["valid.jsonl:4"]
+    assert shown(page, ".source") == ["valid.jsonl:4"]
 
 
 @pytest.mark.parametrize(
-    ("words", "places"),
+    ("words", "numbers"),
     [
         ("safe CROSS", [1, 3]),
         ("three cars", [2]),
@@ -347,17 +522,18 @@ def test_filters_by_keyboard(open_page, predictions):
         ("expected", []),
     ],
 )
-def test_search(open_page, predictions, words, places):
-    page = open_page(make_run(predictions))
+def test_search(open_page, answers, words, numbers):
+    page = open_page(make_run(answers))
     page.find_element(By.CSS_SELECTOR, "[type=search]").send_keys(words)
-    assert shown(page, ".place") == [f"valid.jsonl:{place}" for place in places]
-    assert chips(page)[0] == f"All {len(places)}"
-    assert ("No question matches." in shown(page, "#shown")) == (not places)
+    assert shown(page, ".source") == [f"valid.jsonl:{number}" for number in numbers]
+    assert chips(page)[0] == f"All {len(numbers)}"
+    assert ("No question matches." in shown(page, "#shown")) == (not numbers)
 
 
 def test_everything_from_the_data_is_text(open_page, tmp_path):
-    evil = {**prediction(tmp_path / "x.jpg", 1, EVIL, EVIL, EVIL, EVIL), "image_path": EVIL, "place": EVIL}
-    file = {**facts(EVIL), "answers": [[EVIL, 4]], "skipped": {EVIL: {"count": 1, "places": [EVIL]}}}
+    evil = {**prediction(tmp_path / "x.jpg", 1, EVIL, EVIL, EVIL, EVIL), "image_path": EVIL, "source": EVIL}
+    file = {**facts_of(EVIL), "answers": [[EVIL, 4]]}
+    left_out = [{"when": EVIL, "reason": EVIL, "count": 1, "sources": [EVIL]}]
     Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
     page = open_page(
         make_run(
@@ -365,6 +541,7 @@ def test_everything_from_the_data_is_text(open_page, tmp_path):
             title=EVIL,
             model={"id": EVIL, "revision": EVIL},
             data={"train": file, "valid": file, "baseline_accuracy": 0.1, "warnings": [EVIL]},
+            left_out=left_out,
             constants={EVIL: EVIL},
             machine={EVIL: EVIL},
         )
@@ -372,42 +549,47 @@ def test_everything_from_the_data_is_text(open_page, tmp_path):
     assert shown(page, ".ask") == [EVIL]
     assert page.find_element(By.CSS_SELECTOR, ".card img").get_attribute("alt") == EVIL
     assert page.title == f"{EVIL}: report"
-    assert page.execute_script("return [document.scripts.length, document.images.length, window.evil]") == [1, 1, None]
-    assert page.find_element(By.TAG_NAME, "main").text.count(EVIL) == 22
+    assert page.execute_script("return [document.scripts.length, document.images.length, window.evil]") == [1, 3, None]
+    assert page.find_element(By.TAG_NAME, "main").text.count(EVIL) == 21
 
 
 @pytest.mark.parametrize("width", [400, 1400])
 def test_nothing_overflows_sideways(open_page, tmp_path, width):
     long = "x" * 400
-    wide = prediction(tmp_path / "x.jpg", 1, long, long, long, long) | {"image_path": long, "place": long}
-    file = {**facts(long), "answers": [[long, 4]], "skipped": {long: {"count": 1, "places": [long]}}}
+    wide = prediction(tmp_path / "x.jpg", 1, long, long, long, long) | {"image_path": long, "source": long}
+    file = {**facts_of(long), "answers": [[long, 4]]}
+    left_out = [{"when": long, "reason": long, "count": 1, "sources": [long]}]
     data = {"train": file, "valid": file, "baseline_accuracy": 0.1, "warnings": [long]}
-    page = open_page(make_run([wide], title=long, data=data, constants={long: long}, machine={long: long}), width)
+    run = make_run([wide], title=long, data=data, left_out=left_out, constants={long: long}, machine={long: long})
+    page = open_page(run, width)
     width_of = "return document.documentElement"
     assert page.execute_script(f"{width_of}.scrollWidth") == page.execute_script(f"{width_of}.clientWidth")
     page.execute_script("document.querySelector('.card').scrollIntoView()")
-    sticks_out = """return [...document.querySelectorAll('main *')].filter(each => !each.closest('svg, .scroll')
+    sticks_out = """return [...document.querySelectorAll('main *')].filter(each => !each.closest('.scroll')
         && each.getBoundingClientRect().right > innerWidth).map(each => each.outerHTML.slice(0, 80))"""
     assert page.execute_script(sticks_out) == []
 
 
 def luminance(colour):
-    """Relative luminance of "rgb(r, g, b)", as WCAG 2 defines it."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    """Relative luminance of "rgb(r, g, b)" or "#rrggbb", as WCAG 2 defines it."""
+    numbers = re.findall(r"\d+", colour)[:3] if colour.startswith("rgb") else bytes.fromhex(colour[1:])
+    parts = [int(number) / 255 for number in numbers]
     red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_light_and_dark(open_page, predictions, scheme):
-    page = open_page(make_run(predictions), scheme=scheme)
+def test_text_can_be_read_in_light_and_dark(open_page, answers, scheme):
+    page = open_page(make_run(answers), scheme=scheme)
     style = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
     background = luminance(page.execute_script(style, ".panel", "backgroundColor"))
     assert (background < 0.1) == (scheme == "dark")
-    texts = [(each, "color") for each in ("h1", ".muted", ".place", ".mark.right", ".mark.wrong", ".kept td")]
-    for selector, kind in [*texts, ("svg text", "fill")]:
-        dark, light = sorted([background, luminance(page.execute_script(style, selector, kind))])
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, selector
+    texts = ("h1", ".muted", ".source", ".mark.right", ".mark.wrong", ".kept td")
+    colours = {selector: page.execute_script(style, selector, "color") for selector in texts}
+    colours |= {name: PALETTE[scheme][name] for name in ("ink", "muted", "first", "second")}  # the charts'
+    for name, colour in colours.items():
+        dark, light = sorted([background, luminance(colour)])
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,3 +615,37 @@ def test_a_full_disk_leaves_the_report_before(tmp_path, monkeypatch):
 def test_a_path_with_half_a_character(tmp_path):
     write_report(tmp_path / "report.html", make_run(constants={"TRAIN_FILE": "tr\udce4ning.jsonl"}))
     assert "tr?ning.jsonl" in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_fetches_nothing_and_runs_its_own_script_alone(tmp_path, answers):
+    nonces = set()
+    for _ in range(2):
+        write_report(tmp_path / "report.html", make_run(answers))
+        page = (tmp_path / "report.html").read_text()
+        (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
+        (nonce,) = set(re.findall(r'<script nonce="([^"]+)">', page))
+        nonces.add(nonce)
+        assert sorted(policy.split("; ")) == [
+            "base-uri 'none'",
+            "default-src 'none'",
+            "form-action 'none'",
+            "img-src data:",
+            f"script-src 'nonce-{nonce}'",
+            "style-src 'unsafe-inline'",
+        ]
+    assert len(nonces) == 2 and min(map(len, nonces)) > 16
+
+
+def test_a_large_photo_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):
+    sizes, upright = [], report.upright_rgb
+    monkeypatch.setattr(report, "upright_rgb", lambda image: (sizes.append(image.size), upright(image))[1])
+    Image.new("RGB", (4000, 3000), "red").save(tmp_path / "photo.jpg")
+    assert report.thumbnail(tmp_path / "photo.jpg")
+    assert sizes == [(1000, 750)]
+
+
+def test_of_a_gpu_its_name_and_its_own_memory_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    told = machine(torch.device("cuda"), 1.0)
+    assert (told["device"], told["peak_memory_gib"]) == ("a card", 3.0)

@@ -60,12 +60,10 @@ def test_different_answers_stay_different(prediction, answer):
     assert not is_correct(prediction, answer)
 
 
-def test_accuracy():
-    assert accuracy(["Yes.", "two", "red"], ["yes", "2", "green"]) == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="no answers"):
-        accuracy([], [])
-    with pytest.raises(ValueError, match="longer"):
-        accuracy(["yes"], ["yes", "no"])
+def test_accuracy_is_the_fraction_that_is_right_of_what_was_asked():
+    assert accuracy([True, False, None, True]) == pytest.approx(2 / 3)
+    assert accuracy([None]) is None
+    assert accuracy([]) is None
 
 
 def examples(*pairs):
@@ -93,3 +91,8 @@ def test_ties_do_not_depend_on_the_order_of_the_file():
 def test_baseline_goes_by_question_and_by_all_answers_for_an_unseen_one():
     valid = examples(("Is it safe?", "yes"), ("how many", "2"), ("Is it raining?", "Yes!"), ("Is it night?", "no"))
     assert baseline_accuracy(TRAIN, valid) == 0.75
+
+
+def test_a_hyphen_is_a_minus_only_where_a_number_begins():
+    assert normalize("B-4") == normalize("b 4") and normalize("3-4") == normalize("3 4")
+    assert normalize("-4") != normalize("4") and normalize("at -4 degrees") != normalize("at 4 degrees")

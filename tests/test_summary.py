@@ -1,13 +1,14 @@
 """The facts about the data, the warnings, and the table in the terminal."""
 
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.cells import cell_len
 
-from moondream2.summary import cell, format_table, summarize
+from moondream2 import summary
+from moondream2.summary import format_left_out, format_table, left_out_by_reason, summarize
 
 
 def dataset(name, lines, sizes=None, skipped=()):
@@ -17,7 +18,7 @@ def dataset(name, lines, sizes=None, skipped=()):
             picture=picture,
             question=question,
             answer=answer,
-            place=f"{name}:{number}",
+            source=f"{name}:{number}",
             prompt_ids=question.split(),
             answer_ids=[*answer.split(), "<end>"],
         )
@@ -65,8 +66,8 @@ def test_facts_of_a_file():
         "answers": [["Yes.", 3], ["two", 1], ["No, wait.", 1]],
         "picture_sizes": {"smallest": [60, 60], "median": [100, 50], "largest": [4000, 3000]},
         "skipped": {
-            "picture not found": {"count": 5, "places": ["train.jsonl:6", "train.jsonl:7", "train.jsonl:8"]},
-            "picture broken": {"count": 1, "places": ["train.jsonl:11"]},
+            "picture not found": {"count": 5, "sources": ["train.jsonl:6", "train.jsonl:7", "train.jsonl:8"]},
+            "picture broken": {"count": 1, "sources": ["train.jsonl:11"]},
         },
     }
 
@@ -77,20 +78,13 @@ def test_ten_answers_at_most():
 
 
 def test_summary_is_plain_data():
-    summary = summarize(TRAIN, dataset("valid.jsonl", plenty("v")))
-    assert json.loads(json.dumps(summary)) == summary
+    data = summarize(TRAIN, dataset("valid.jsonl", plenty("v")))
+    assert json.loads(json.dumps(data)) == data
 
 
 def test_baseline():
     valid = dataset("valid.jsonl", [("v", "Is it safe to cross?", "yes"), ("v", "How many cars?", "3")])
     assert summarize(TRAIN, valid)["baseline_accuracy"] == 0.5
-
-
-def test_a_file_without_examples():
-    summary = summarize(dataset("train.jsonl", []), dataset("valid.jsonl", plenty("v")))
-    assert summary["baseline_accuracy"] is None
-    assert summary["train"]["picture_sizes"] is None
-    assert "baseline" not in format_table(summary)
 
 
 def test_no_warning_without_a_reason():
@@ -134,33 +128,108 @@ def test_warning_of_one_answer_for_all(times, expected):
     assert all(text == '"Yes." is 92% of the answers in valid.jsonl: there is little else to learn' for text in found)
 
 
+def test_lines_left_out_are_counted_by_reason_and_the_first_are_named():
+    later = [("valid.jsonl:4", "picture broken: images/4.jpg: the file has changed")]
+    assert left_out_by_reason(TRAIN.skipped, later) == [
+        {
+            "when": "as the files were read",
+            "reason": "picture not found",
+            "count": 5,
+            "sources": ["train.jsonl:6", "train.jsonl:7", "train.jsonl:8"],
+        },
+        {"when": "as the files were read", "reason": "picture broken", "count": 1, "sources": ["train.jsonl:11"]},
+        {"when": "during the run", "reason": "picture broken", "count": 1, "sources": ["valid.jsonl:4"]},
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the terminal
+# ---------------------------------------------------------------------------------------------------------------------
+
+PATH = "a/path/that/is/longer/than/half/the/table/train.jsonl"
+
+
+def hostile(path="train.jsonl"):
+    """Answers that a terminal or a markup language would act on, or that are wide or long."""
+    lines = [
+        ("a", "Is it?", "one\ntwo \x1b[2J" + "x" * 200),
+        ("b", "Is it?", "はい" * 40),
+        ("c", "Was?", "[bold]Ja.[/bold] :car:"),
+    ]
+    return dataset(path, lines, skipped=TRAIN.skipped)
+
+
+def table(train=None, valid=None):
+    train, valid = train or dataset("train.jsonl", plenty("t")), valid or dataset("valid.jsonl", plenty("v"))
+    return format_table(summarize(train, valid))
+
+
 def test_table():
-    train = dataset(
-        "a/very/long/path/that/goes/on/and/on/train.jsonl",
-        [("a", "Is it?", "line one\nline two \x1b[2J" + "x" * 200), ("b", "Is it?", "はい" * 40), ("c", "Was?", "Ja.")],
-        skipped=TRAIN.skipped,
-    )
     valid = dataset("valid.jsonl", [*plenty("v", 9), ("a", "Is it?", "No.")])
-    lines = format_table(summarize(train, valid)).splitlines()
-    text = "\n".join(lines)
-    assert len(lines) <= 20
-    assert max(map(len, lines)) <= 100
-    assert "\x1b" not in text
-    assert lines[0].split() == ["th/that/goes/on/and/on/train.jsonl", "valid.jsonl"]
-    assert ["examples", "3", "10"] in [line.split() for line in lines]
-    assert "skipped: picture not found    5 (train.jsonl:6, train.jsonl:7, t" in text
-    assert "baseline accuracy             0.0%" in text
-    assert "warning: 1 picture stands in both" in text
-    assert "warning: valid.jsonl has only 10 examples" in text
+    assert table(TRAIN, valid).splitlines() == [
+        "                            train.jsonl                                         valid.jsonl",
+        "examples                    5                                                   10",
+        "pictures                    3                                                   6",
+        "different answers           3                                                   10",
+        "questions per picture       1, at most 3                                        2, at most 2",
+        "prompt tokens               5, at most 5                                        2, at most 2",
+        "answer tokens               2, at most 3                                        3, at most 3",
+        "picture sizes               60 x 60 to 4000 x 3000                              640 x 480",
+        "most frequent answers        60% Yes.                                            10% answer 0",
+        "                             20% two                                             10% answer 1",
+        "                             20% No, wait.                                       10% answer 2",
+        "skipped: picture not found  5 (train.jsonl:6, train.jsonl:7, train.jsonl:8, …)  -",
+        "skipped: picture broken     1 (train.jsonl:11)                                  -",
+        "baseline:  0.0% accuracy, by always giving a question's most frequent answer",
+        "warning:   1 picture stands in both train.jsonl and valid.jsonl (valid.jsonl:10): a leak makes",
+        "           validation mean nothing",
+        "warning:   valid.jsonl has only 10 examples: one answer moves the accuracy by 10%",
+    ]
 
 
-def test_columns_of_a_table_count_wide_characters_twice():
-    assert cell("はい", 6) == "はい  "
-    assert cell("はいはい", 5) == "はい "
+def test_files_are_named_by_their_names_or_where_these_are_the_same_by_their_paths():
+    heading = table(dataset(PATH, plenty("t")), dataset("valid.jsonl", plenty("v"))).splitlines()[0]
+    assert heading.split() == ["train.jsonl", "valid.jsonl"] and PATH.endswith("/train.jsonl")
+    both = table(dataset(PATH, plenty("t")), dataset(PATH, plenty("v"))).splitlines()
+    columns = zip(*map(str.split, both[:2]), strict=True)
+    assert ["".join(column) for column in columns] == [PATH, PATH]
 
 
-def test_a_hundred_thousand_examples_take_seconds():
-    lines = [(f"p{i // 3}", f"Question {i % 5}?", f"answer {i % 50}") for i in range(100_000)]
-    started = time.perf_counter()
-    summarize(dataset("train.jsonl", lines), dataset("valid.jsonl", plenty("v")))
-    assert time.perf_counter() - started < 15
+def test_answers_are_text_to_the_terminal():
+    text = table(hostile())
+    assert "[bold]Ja.[/bold] :car:" in text
+    assert " 33% one two [2Jxxx" in text
+
+
+def test_a_file_name_moves_no_cursor():
+    lines = table(hostile("tr\x1b[2Jain.jsonl")), format_left_out([("tr\x1b[2Jain.jsonl:1", "picture\rbroken")])
+    assert not set("\x1b\r") & set("".join(lines))
+
+
+def test_wide_characters_take_two_columns():
+    lines = [line for line in table(hostile()).splitlines() if "10% answer" in line]
+    assert "はい" * 7 + "… " in lines[1]
+    assert len({cell_len(line[: line.index("10%")]) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(("is_terminal", "width"), [(False, 100), (True, 60)])
+def test_the_table_is_as_wide_as_the_terminal_and_in_a_log_always_the_same(monkeypatch, is_terminal, width):
+    monkeypatch.setattr(summary.sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as CI services do
+    monkeypatch.setenv("TERM", "dumb")
+    lines = table(dataset("train.jsonl", plenty("t") + plenty("t"))).splitlines()
+    assert width - 20 < max(map(len, lines)) <= width
+    assert "\x1b" not in "".join(lines)
+
+
+def test_the_table_is_text_in_a_notebook_as_well(monkeypatch):
+    expected = table()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert table() == expected
+
+
+def test_what_decoding_told_is_named_by_reason():
+    broken = [(f"train.jsonl:{i}", f"picture broken: images/{i}.jpg: truncated") for i in range(4)]
+    assert format_left_out(broken) == "left out:  picture broken: 4 (train.jsonl:0, train.jsonl:1, train.jsonl:2, …)"
+    assert format_left_out([]) == ""
