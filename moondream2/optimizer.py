@@ -1,45 +1,41 @@
-"""AdamW that loses nothing to bfloat16, and the schedule of its rate.
+"""AdamW for bfloat16 weights that loses no small update, and the schedule of the learning rate.
 
-A bfloat16 weight has 8 significant bits: an update of 3e-5 to a weight of 0.02 mostly rounds away. But it is also the
-upper half of a float32 number. So the bits behind it are kept beside it, 8 for a matrix and all 16 for a vector (norms,
-whose weights are near 1, need them), and each step computes on the whole number. Of a matrix's weight of 0.02 a step of
-2.4e-7 still counts. A matrix's first moment, whose size the second one bounds, has 8 bits: so a matrix takes no more
-than in bfloat16 throughout. It and the second one are rounded up or down in turn, to be right over steps (see
-`narrow`).
+A bfloat16 number has 8 significant bits: add 3e-5 to a weight of 0.02, and mostly nothing changes. So this AdamW
+computes each step in float32, and keeps some of the bits that bfloat16 has no room for. What they take it saves on the
+first moment. Bytes for each parameter, as many as AdamW in bfloat16 throughout takes for a matrix:
 
-Bytes for weight, gradient and moments, and the mean training loss in steps 141 to 160 of two layers of the text model
-at width 1024 (64 random sequences of 48 tokens to learn, vocabulary 4096, batch 8):
+| tensor     | what it holds                                            | matrix | vector |
+| ---------- | -------------------------------------------------------- | ------ | ------ |
+| weight     | bfloat16, the upper 16 bits of a float32 number          | 2      | 2      |
+| low        | the next 8 bits of that number; of a vector all 16       | 1      | 4      |
+| grad       | bfloat16                                                 | 2      | 2      |
+| exp_avg    | mean of gradients, int8 (see `to_int8`); bfloat16        | 1      | 2      |
+| exp_avg_sq | mean of their squares, bfloat16                          | 2      | 2      |
 
-| AdamW                                   | bytes a   | loss at rate 3e-5, | loss at rate 3e-5,  | at rate 1e-5, |
-|                                         | parameter | betas (0.9, 0.999) | betas (0.9, 0.99)   | (0.9, 0.99)   |
-| --------------------------------------- | --------- | ------------------ | ------------------- | ------------- |
-| float32, torch                          | 16        | 0.9692             | 1.0019              | 5.3875        |
-| bfloat16 and the bits behind it, this   | 8         | 0.9617             | 0.9949              | 5.3909        |
-| bfloat16, Kahan sums (torch-optimi)     | 10        |                    | 0.9933              | 5.3899        |
-| bfloat16, torch                         | 8         |                    | 5.9279              |               |
-
-Stochastic rounding (torchao) was as good at 8 bytes, but needs torch.compile on every device, and random
-numbers in each checkpoint.
+Vectors are norms and biases: a norm's weights are near 1, where a small update needs all the bits, and there are few of
+them. docs/optimizer.md compares this AdamW with float32 and with two libraries'.
 """
 
 import math
+import sys
 from functools import cache
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
-CPU_PART, GPU_PART = 1 << 19, 1 << 24  # elements updated at a time, so that what it takes on the way is small
+CPU_PART, GPU_PART = 1 << 19, 1 << 24  # elements updated at a time, to need little memory on the way
+TRIAL = 1 << 20  # elements of a trial: so many that Triton lays the kernel out for large tensors
 GOLDEN = (math.sqrt(5) - 1) / 2
-LEAST_DECAY = 2.0**-14  # a factor closer to 1 than this may round away
+LEAST_DECAY = 2.0**-14  # of a weight with 16 significant bits, a smaller share may round away
 
 
 class AdamW(Optimizer):
     """AdamW (https://arxiv.org/abs/1711.05101), computed in float32 whatever the weights' type.
 
-    The state of a parameter has its two moments, of its own type, and, for a bfloat16 one, `low`: the bits behind it.
-    The first moment of a bfloat16 matrix is what `narrow` makes of it.
+    A parameter's state is `exp_avg`, `exp_avg_sq` and, for a bfloat16 one, `low`: see the head of this file. For a
+    float32 parameter this is torch's AdamW.
     """
 
     def __init__(self, params, lr, betas, weight_decay, eps=1e-8):
@@ -49,14 +45,11 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            (beta1, beta2), lr, decay = group["betas"], group["lr"], 0.0
+            (beta1, beta2), lr = group["betas"], group["lr"]
             group["step"] += 1
-            group["owed"] += lr * group["weight_decay"]
-            if group["owed"] > LEAST_DECAY:  # saved up until it acts
-                decay, group["owed"] = group["owed"], 0.0
             correction1, correction2 = (1 - beta ** group["step"] for beta in (beta1, beta2))
-            offset = group["step"] * GOLDEN % 1
-            numbers = torch.tensor([1 - decay, lr / correction1, 1 / math.sqrt(correction2), offset])
+            numbers = [1 - self.decay(group), lr / correction1, 1 / math.sqrt(correction2), group["step"] * GOLDEN % 1]
+            numbers = torch.tensor(numbers)
             vectors = []
             for p in group["params"]:
                 if p.grad is not None:
@@ -71,18 +64,30 @@ class AdamW(Optimizer):
             if vectors:
                 apply_together(vectors, numbers, beta1, beta2, group["eps"])
 
+    def decay(self, group):
+        """The share of its weights that a group loses in this step.
+
+        A step's own, 3e-7 at the default constants, would round away. So what is owed adds up over some 200 steps,
+        until it is large enough to count.
+        """
+        group["owed"] += group["lr"] * group["weight_decay"]
+        if group["owed"] <= LEAST_DECAY:
+            return 0.0
+        decay, group["owed"] = group["owed"], 0.0
+        return decay
+
     def state_of(self, p):
         state = self.state[p]
         if not state:
-            is_narrow = p.dtype == torch.bfloat16
-            state["exp_avg"] = torch.zeros_like(p, dtype=torch.int8 if is_narrow and p.dim() > 1 else p.dtype)
+            is_bfloat16, is_matrix = p.dtype == torch.bfloat16, p.dim() > 1
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.int8 if is_bfloat16 and is_matrix else p.dtype)
             state["exp_avg_sq"] = torch.zeros_like(p)
-            if is_narrow:  # int32 where int16 would do: processes can't exchange int16
-                state["low"] = torch.zeros_like(p, dtype=torch.int8 if p.dim() > 1 else torch.int32)
+            if is_bfloat16:  # a vector's 16 bits in int32, as NCCL and gloo don't send int16
+                state["low"] = torch.zeros_like(p, dtype=torch.int8 if is_matrix else torch.int32)
         return state
 
     def load_state_dict(self, state_dict):
-        """As torch does it, but for its bringing each state to its weight's type: the whole numbers here are bits."""
+        """As torch's, which would also cast each state to its weight's type: not here, where integers hold bits."""
         super().load_state_dict({**state_dict, "state": {}})
         ids = (i for group in state_dict["param_groups"] for i in group["params"])
         for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
@@ -95,89 +100,116 @@ def local(tensor):
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
 
 
-def apply(tensors, *numbers):
-    """`update` on flat tensors, part by part; on a GPU as one kernel."""
+def apply(tensors, numbers, *constants):
+    """`update` on flat tensors, part by part; on a GPU each part is one kernel."""
     part = CPU_PART if tensors[0].device.type == "cpu" else GPU_PART
-    function = fused() if tensors[0].is_cuda else update
+    function = kernel(tensors[0].device, *constants) if tensors[0].is_cuda else update
     for parts in zip(*(tensor.split(part) for tensor in tensors), strict=True):
-        function(*parts, numbers=numbers)
+        function(*parts, numbers=(numbers, *constants))
 
 
 def apply_together(vectors, *numbers):
-    """`apply` on many small ones as on one: calling a GPU for each would take longer than its work."""
+    """`apply` on many small tensors as on one: to start a kernel for each takes longer than its work."""
     columns = list(zip(*vectors, strict=True))
-    whole = [torch.cat(column) for column in columns]
-    apply(whole, *numbers)
+    joined = [torch.cat(column) for column in columns]
+    apply(joined, *numbers)
     sizes = [len(each) for each in columns[0]]
-    for column, each in zip(columns, whole, strict=True):
+    for column, each in zip(columns, joined, strict=True):
         torch._foreach_copy_(column, each.split(sizes))
 
 
 @cache
-def fused():
-    """`update` compiled into one kernel; where there is no C compiler to do that it runs as it stands, and slower."""
-    torch._dynamo.config.suppress_errors = True
-    return torch.compile(update, dynamic=True)
+def kernel(device, *constants):
+    """`update` compiled, so that a step reads and writes each number once.
+
+    Where that fails, most often for want of a C compiler, one line says so and `update` runs as it stands. A trial
+    on other tensors finds that out: a kernel that failed in the middle of a step would leave weights half updated.
+    """
+    compiled = torch.compile(update, dynamic=True)
+    bfloat16 = torch.bfloat16
+    try:
+        for exp_avg, low in ((torch.int8, torch.int8), (bfloat16, torch.int32)):  # a matrix's and a vector's
+            types = bfloat16, bfloat16, exp_avg, bfloat16, low
+            tensors = [torch.zeros(TRIAL, dtype=dtype, device=device) for dtype in types]
+            compiled(*tensors, numbers=(torch.zeros(4, device=device), *constants))
+    except Exception as error:  # torch's, Triton's or the compiler's own
+        reason = " ".join(str(error).splitlines()[:1])
+        print(f"AdamW runs uncompiled, its steps some 30 times slower: torch.compile failed: {reason}", file=sys.stderr)
+        return update
+    return compiled
 
 
-def update(weight, grad, mean, square, low=None, *, numbers):
-    """One step of AdamW, in place.
+def update(weight, grad, exp_avg, exp_avg_sq, low=None, *, numbers):
+    """One step of AdamW on flat tensors, in place.
 
-    `numbers` are (kept share of the weight, rate, 1 / root of the bias correction, offset of `narrow`), betas, epsilon.
+    Args:
+        numbers: a tensor of four, which change from step to step: the share of a weight that its decay leaves, the rate
+            over the mean's bias correction, 1 over the root of the squares', and the offset of rounding (see
+            `to_bfloat16`). Then beta1, beta2 and epsilon.
     """
     (keep, rate, correction, offset), beta1, beta2, eps = numbers
-    whole, grad, square32 = weight if low is None else join(weight, low), grad.float(), square.float()
-    is_narrow, most = mean.dtype == torch.int8, largest_ratio(beta1, beta2)
-    mean32 = (widen(mean, square32.sqrt(), most) if is_narrow else mean.float()).lerp_(grad, 1 - beta1)
-    square32.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    root = square32.sqrt().add_(1e-30)
-    square.copy_(square32 if low is None else to_bfloat16(square32, offset))
-    mean.copy_(narrow(mean32, root, most, offset) if is_narrow else mean32)
-    whole.mul_(keep).sub_(root.mul_(correction).add_(eps).reciprocal_().mul_(mean32).mul_(rate))
+    is_int8, bound = exp_avg.dtype == torch.int8, largest_ratio(beta1, beta2)
+    weight32 = weight if low is None else join(weight, low)
+    grad, square = grad.float(), exp_avg_sq.float()
+    mean = from_int8(exp_avg, square.sqrt(), bound) if is_int8 else exp_avg.float()
+    mean.lerp_(grad, 1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    root = square.sqrt().add_(1e-30)  # to divide by, where all gradients were 0
+    exp_avg_sq.copy_(square if low is None else to_bfloat16(square, offset))
+    exp_avg.copy_(to_int8(mean, root, bound, offset) if is_int8 else mean)
+    weight32.mul_(keep).sub_(root.mul_(correction).add_(eps).reciprocal_().mul_(mean).mul_(rate))
     if low is not None:
-        split(whole, weight, low)
-
-
-def largest_ratio(beta1, beta2):
-    """What |mean| / sqrt(square) can't exceed, by Cauchy-Schwarz, if beta1**2 <= 0.99 * beta2, as in any use."""
-    return (1 - beta1) / math.sqrt((1 - beta2) * max(1 - beta1**2 / beta2, 0.01))
-
-
-def narrow(mean, root, most, offset):
-    """The mean in 8 bits: the square root of its share of the largest it can be, which has the finest steps near 0.
-
-    What lies between two steps goes to the larger one if its fraction and `offset` reach 1. The offset moves by the
-    golden ratio, which visits [0, 1) evenly: so the mean is right over steps, and a small one decays to 0, where
-    rounding to the nearest would leave it as it is for good. Returned are float32 numbers; a copy to int8 leaves their
-    fractions out.
-    """
-    size = mean.abs().div_(root).mul_(127**2 / most).sqrt_().add_(offset).clamp_(max=127)
-    return size.copysign_(mean)
+        split(weight32, weight, low)
 
 
 def to_bfloat16(square, offset):
-    """The mean of squares, rounded up if what is cut off and `offset` reach 1, as in `narrow`.
+    """The mean of squares, rounded to bfloat16: up if the fraction that is cut off and `offset` add up to 1.
 
-    Rounded to the nearest it would stand still long before it has come near the squares of new gradients.
+    A step changes it by less than bfloat16 shows, so that rounded to the nearest it would never move. Stochastic
+    rounding, where `offset` is a random number in [0, 1), is right on average. Here `offset` is the step's
+    number times the golden ratio, less its whole part: this covers [0, 1) evenly, and needs no random state in a
+    checkpoint.
     """
     bits = square.view(torch.int32) + (offset * 2**16).int()
     return bits.bitwise_and_(-1 << 16).view(torch.float32)
 
 
-def widen(narrowed, root, most):
-    """The float32 numbers that `narrow` stored."""
-    size = narrowed.float()
-    return size.mul_(size.abs()).mul_(root).mul_(most / 127**2)
+def to_int8(mean, root, bound, offset):
+    """The mean of gradients as numbers from -127 to 127, still in float32: a copy to int8 cuts their fractions off.
+
+    The numbers say how large |mean| / root is, of which the most is `bound`. Equal steps of its square root are finest
+    near 0, where most means are. It is rounded as in `to_bfloat16`, so that a mean without new gradients decays to 0.
+    """
+    size = mean.abs().div_(root).mul_(127**2 / bound).sqrt_().add_(offset).clamp_(max=127)
+    return size.copysign_(mean)
+
+
+def from_int8(stored, root, bound):
+    """The mean of gradients that `to_int8` stored."""
+    size = stored.float()
+    return size.mul_(size.abs()).mul_(root).mul_(bound / 127**2)
+
+
+def largest_ratio(beta1, beta2):
+    """The most that |mean of gradients| / sqrt(mean of their squares) can be, by the Cauchy-Schwarz inequality.
+
+    It holds where beta1**2 <= 0.99 * beta2, as with any betas in use.
+    """
+    return (1 - beta1) / math.sqrt((1 - beta2) * max(1 - beta1**2 / beta2, 0.01))
 
 
 def join(weight, low):
-    """The float32 numbers of which `weight` holds the upper 16 bits and `low`, signed, those behind them."""
+    """The float32 numbers that `split` took apart."""
     return weight.float().view(torch.int32).add_(low, alpha=1 << unused_bits(low)).view(torch.float32)
 
 
-def split(whole, weight, low):
-    """Rounds float32 numbers, in place, and splits them: weight gets the nearest bfloat16, low what that leaves."""
-    bits, unused = whole.view(torch.int32), unused_bits(low)
+def split(weight32, weight, low):
+    """Takes float32 numbers apart: `weight` gets the nearest bfloat16, `low` what that leaves, above or below 0.
+
+    `low` counts in units of a float32 number's last bit. Where it has 8 bits, the numbers are first rounded, in place,
+    and it counts in 256 of these units.
+    """
+    bits, unused = weight32.view(torch.int32), unused_bits(low)
     if unused:
         bits.add_(1 << unused - 1).bitwise_and_(-1 << unused)
     high = bits.add(1 << 15).bitwise_and_(-1 << 16)
@@ -186,7 +218,23 @@ def split(whole, weight, low):
 
 
 def unused_bits(low):
+    """How many of a float32 number's last bits are not kept."""
     return 8 if low.dtype == torch.int8 else 0
+
+
+def gradient_norm(parameters):
+    """The length of all gradients together, a float32 tensor: in their own bfloat16 it would have three digits.
+
+    A CPU takes a matrix part by part. As a whole torch would copy it to float32, and add it up in one such number,
+    which is 1% off after 100 million squares.
+    """
+    norms = []
+    for grad in (p.grad for p in parameters if p.grad is not None):
+        is_whole = grad.device.type != "cpu" or isinstance(grad, DTensor)
+        parts = [grad] if is_whole else grad.view(-1).split(CPU_PART)
+        norms += [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def build_optimizer(model, learning_rate, weight_decay, betas):
@@ -200,6 +248,18 @@ def build_optimizer(model, learning_rate, weight_decay, betas):
 
 
 def build_scheduler(optimizer, name, warmup_steps, steps):
-    """transformers' schedule of that name over optimizer steps, rising from 0 over the first `warmup_steps`."""
-    name = "constant_with_warmup" if name == "constant" and warmup_steps else name
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    """Gives each of `steps` optimizer steps its share of the learning rate; `name` is as in `rate_share`."""
+    return LambdaLR(optimizer, lambda done: rate_share(name, done + 1, warmup_steps, steps))
+
+
+def rate_share(name, step, warmup_steps, steps):
+    """The share of the learning rate that a step, counted from 1, is taken with.
+
+    It rises to 1 in step `warmup_steps`; without warmup the first step has it all. From there it is "constant", or
+    falls in a line ("linear") or half a wave ("cosine") that would come to 0 one step after the last.
+    """
+    peak = max(warmup_steps, 1)
+    if step <= peak:
+        return step / peak
+    fallen = (step - peak) / (steps + 1 - peak)
+    return {"constant": 1.0, "linear": 1 - fallen, "cosine": (1 + math.cos(math.pi * fallen)) / 2}[name]

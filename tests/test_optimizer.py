@@ -16,12 +16,13 @@ from moondream2.optimizer import (
     AdamW,
     build_optimizer,
     build_scheduler,
+    from_int8,
     join,
     largest_ratio,
-    narrow,
     split,
-    widen,
+    to_int8,
 )
+from tests import compare_optimizers
 from tests.conftest import ROOT
 
 
@@ -86,6 +87,22 @@ def test_a_number_is_split_into_the_nearest_bfloat16_and_the_bits_behind_it(low,
     assert (weight == numbers.bfloat16()).float().mean() > 0.99  # the others lie in the middle of two
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "expected"), [("bfloat16", (8, 9), 8), ("bfloat16", (9,), 12), ("float32", (8, 9), 16)]
+)
+def test_bytes_a_parameter_with_its_gradient(dtype, shape, expected):
+    p = parameters(getattr(torch, dtype), shape)
+    optimizer = AdamW(p, 1e-3, (0.9, 0.99), 0.0)
+    steps(optimizer, p, 1)
+    assert compare_optimizers.bytes_a_parameter(optimizer) == expected
+
+
+def test_the_comparison_trains_and_measures():
+    exact, ours, plain = (compare_optimizers.width_run(name, 64, 0, 60) for name in ("float32", "ours", "bfloat16"))
+    assert abs(ours["loss"] - exact["loss"]) < 0.002 < plain["loss"] - exact["loss"]
+    assert [round(each["bytes"]) for each in (exact, ours, plain)] == [16, 8, 8]
+
+
 def test_matrices_follow_float32_where_plain_bfloat16_does_not_move():
     ours, exact, plain = (parameters(dtype, (60, 70)) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16))
     start = exact[0].detach().clone()
@@ -106,8 +123,8 @@ def test_the_mean_in_eight_bits_is_right_over_steps():
     mean = root * (torch.rand(5000, generator=generator) * 4 - 2)
     mean[::50] = 0.0
     most = largest_ratio(0.9, 0.99)
-    stored = [narrow(mean, root, most, torch.tensor(step * GOLDEN % 1)).to(torch.int8) for step in range(1, 65)]
-    shares = torch.stack([widen(each, root, most) for each in stored]) / root
+    stored = [to_int8(mean, root, most, torch.tensor(step * GOLDEN % 1)).to(torch.int8) for step in range(1, 65)]
+    shares = torch.stack([from_int8(each, root, most) for each in stored]) / root
     share = mean / root
     step = 2 * (share.abs() * most).sqrt() / 127 + 2 * most / 127**2  # a square root's, on either side
     assert ((shares - share).abs() < step).all()
@@ -180,21 +197,27 @@ def trained():
     return [optimizer.join(p.detach(), adamw.state[p]["low"]) for p in parameters]
 optimizer.CPU_PART = 1 << 12
 expected = trained()
-optimizer.update = optimizer.fused()
+config = torch._dynamo.config.get_config_copy()
+with torch.no_grad():
+    optimizer.update = optimizer.kernel("cpu", 0.9, 0.99, 1e-8)
 for got, each in zip(trained(), expected):
     torch.testing.assert_close(got, each, rtol=2**-14, atol=1e-7)
+assert torch._dynamo.config.get_config_copy() == config
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiles for this machine's CPU, which takes g++")
-@pytest.mark.parametrize(("compiler", "graphs"), [("g++", 2), ("/nonexistent", 0)])
-def test_compiled_it_does_the_same_and_without_a_compiler_too(compiler, graphs, tmp_path):
-    """One graph for each kind of parameter, whatever their sizes, parts and rates; none without a compiler."""
+@pytest.mark.parametrize(("compiler", "graphs", "lines"), [("g++", 2, 0), ("/nonexistent", 0, 1)])
+def test_compiled_it_does_the_same_and_without_a_compiler_too(compiler, graphs, lines, tmp_path):
+    """One graph for each kind of parameter, whatever their sizes, parts and rates; without a compiler one line."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == graphs
+    said = done.stderr.splitlines()
+    assert len(said) == lines, done.stderr
+    assert all("30 times slower" in line and "compiler" in line for line in said)
 
 
 def test_a_state_comes_back_from_a_checkpoint_bit_for_bit():
@@ -243,18 +266,57 @@ def test_weight_decay_acts(dtype):
 @pytest.mark.parametrize(
     ("name", "warmup", "rates"),
     [
-        ("constant", 0, [1, 1, 1, 1, 1]),
-        ("constant", 2, [0, 0.5, 1, 1, 1]),
-        ("linear", 2, [0, 0.5, 1, 2 / 3, 1 / 3]),
-        ("cosine", 1, [0, 1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2]),
+        ("constant", 0, [1, 1, 1, 1]),
+        ("constant", 1, [1, 1, 1, 1]),
+        ("constant", 2, [1 / 2, 1, 1, 1]),
+        ("constant", 8, [1 / 8, 2 / 8, 3 / 8, 4 / 8]),
+        ("linear", 0, [1, 3 / 4, 2 / 4, 1 / 4]),
+        ("linear", 2, [1 / 2, 1, 2 / 3, 1 / 3]),
+        ("linear", 4, [1 / 4, 2 / 4, 3 / 4, 1]),
+        ("cosine", 0, [1, (1 + math.sqrt(1 / 2)) / 2, 1 / 2, (1 - math.sqrt(1 / 2)) / 2]),
+        ("cosine", 2, [1 / 2, 1, 3 / 4, 1 / 4]),
     ],
 )
 def test_schedules(name, warmup, rates):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = build_scheduler(optimizer, name, warmup, 5)
+    """Four steps: none is taken at a rate of 0, neither the first of a warmup nor the last."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-5)
+    scheduler = build_scheduler(optimizer, name, warmup, 4)
     got = []
     for _ in rates:
         got.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    assert got == pytest.approx(rates)
+    assert got == pytest.approx([3e-5 * rate for rate in rates], rel=1e-12)
+
+
+def test_small_tensors_are_updated_together(tiny, monkeypatch):
+    """One kernel for all vectors of a group: to start one for each takes longer than its work."""
+    sizes, apply = [], module.apply
+    monkeypatch.setattr(module, "apply", lambda tensors, *more: (sizes.append(len(tensors[0])), apply(tensors, *more)))
+    optimizer = build_optimizer(tiny.text_model, 1e-3, 0.1, (0.9, 0.99))
+    matrices, vectors = (group["params"] for group in optimizer.param_groups)
+    steps(optimizer, [*matrices, *vectors], 1)
+    assert sizes == [*(p.numel() for p in matrices), sum(p.numel() for p in vectors)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_gpu_updates_in_large_parts_by_the_kernel_and_a_cpu_in_small_ones(device, monkeypatch):
+    """ "meta" stands in for a card: a device that is no CPU."""
+    sizes = {"cpu": [], "meta": []}
+    monkeypatch.setattr(torch.Tensor, "is_cuda", device == "meta", raising=False)
+    monkeypatch.setattr(module, "update", lambda weight, *more, numbers: sizes["cpu"].append(len(weight)))
+    kernel = lambda weight, *more, numbers: sizes["meta"].append(len(weight))  # noqa: E731
+    monkeypatch.setattr(module, "kernel", lambda *constants: kernel)
+    part = {"cpu": module.CPU_PART, "meta": module.GPU_PART}[device]
+    module.apply([torch.empty(part + 1, device=device)] * 4, None, 0.9, 0.99, 1e-8)
+    assert sizes == {"cpu": [], "meta": [], device: [part, 1]}
+
+
+def test_a_state_goes_to_the_device_of_its_parameter():
+    saved, other = parameters(torch.bfloat16, (30, 40), (50,)), parameters(torch.bfloat16, (30, 40), (50,))
+    first = AdamW(saved, 1e-3, (0.9, 0.99), 0.1)
+    steps(first, saved, 1)
+    moved = [torch.nn.Parameter(p.to("meta")) for p in other]
+    second = AdamW(moved, 1e-3, (0.9, 0.99), 0.1)
+    second.load_state_dict(first.state_dict())
+    assert {each.device.type for p in moved for each in second.state[p].values()} == {"meta"}
