@@ -1,160 +1,141 @@
 """Fine-tunes Moondream2 on your own pictures and questions: edit the constants, run the file.
 
-A run in the order of this file: data, model, loss and answers, training, saving. Data is two files of lines
+A run in the order of this file: data, model, loss, training, saving. Data is two files of lines
 `{"image_path": ..., "question": ..., "answer": ...}`. README.md tells what a user asks next.
 """
 
-import importlib.util
-import json
 import math
-import random
 import sys
 import time
 import warnings
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import closing, nullcontext
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Literal, NamedTuple
 
 import torch
 import transformers
 from accelerate import Accelerator
-from safetensors.torch import load_file
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from moondream2 import cli
-from moondream2.card import how_to_ask, model_card, predictions, report_of
-from moondream2.checkpoints import (
-    Checkpoints,
-    Interrupted,
-    Progress,
-    Stop,
-    leave_signals,
-    move_into,
-    only_run_in,
-    refuse_finished,
-    resume_or_start,
-    settings_of,
+from moondream2 import cli, log
+from moondream2.card import how_to_ask, model_card
+from moondream2.checkpoints import Checkpoints, Interrupted, Stop, resume_or_start, settings_of
+from moondream2.cli import InputError, MayChange, Share
+from moondream2.data import Example, read_lines, tokenize
+from moondream2.evaluation import accuracy_of, draw_questions, evaluate
+from moondream2.features import FeatureStore, image_embeds, keep_features
+from moondream2.launch import (
+    end,
+    first_on_each_machine,
+    from_main,
+    one_speaks,
+    own_batches,
+    start,
+    start_tracker,
+    whole_weights,
 )
-from moondream2.cli import InputError
-from moondream2.data import read_lines
-from moondream2.features import FeatureStore, keep_features
-from moondream2.files import write_text, write_whole
-from moondream2.launch import from_main, gather, one_speaks, share, start, whole_weights
-from moondream2.loading import load_model, load_tokenizer
-from moondream2.modeling_moondream2 import Moondream, prompt_text, row_mask
-from moondream2.optimizer import build_optimizer, build_scheduler
-from moondream2.pictures import PictureError, find_picture, inspect_all
-from moondream2.report import write_report
-from moondream2.rows import Collator, StepSampler, whole_rows
-from moondream2.scoring import is_correct
+from moondream2.loading import checked_loading
+from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
+from moondream2.output_dir import OutputDir
+from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead
+from moondream2.report import facts_of_run, predictions, write_report
+from moondream2.rows import StepSampler, lay_out, text_inputs, whole_rows
+from moondream2.scoring import baseline_accuracy
 from moondream2.summary import format_table, summarize
 
-# Each constant is also a flag: `EPOCHS` is `--epochs 3` on the command line.
+# Edit the values; each is also a flag: `EPOCHS = 5` is `--epochs 5` on the command line. What stands between name and
+# value says what is allowed; MayChange, that it may be another when an interrupted run goes on.
+
+# What is trained, and on what ----------------------------------------------------------------------------------------
 MODEL_ID: str = "vikhyatk/moondream2"  # a hub repository or a local folder
 REVISION: str = "92d3d73b6fd61ab84d9fe093a9c7fd8c04bf2c0d"  # of the hub: the commit of 2024-08-26; tags can move
 TRAIN_FILE: str = "train.jsonl"  # one {"image_path", "question", "answer"} a line
 VALID_FILE: str = "valid.jsonl"  # other pictures than those in TRAIN_FILE: they judge each epoch
-OUTPUT_DIR: str = "./moondream_crosswalks_finetuned"  # the saved model, the log and the report
-FEATURES_DIR: str | None = "./picture_features"  # what the encoder says of each picture, 3 MB each; None: not kept
-EPOCHS: int = 5  # passes over the training data; the best one is saved, so more cost only time
-BATCH_SIZE: int = 2  # questions in a micro-batch of one process (GPU): the most that fits, then GRAD_ACCUM_STEPS
-GRAD_ACCUM_STEPS: int = 1  # micro-batches in an optimizer step
-GROUP_BY_PICTURE: bool = True  # draw a picture's questions together: faster, as they share it; losses were no worse
-LEARNING_RATE: float = 3e-5  # small, as every weight of the text model moves
-LR_SCHEDULE: str = "constant"  # constant, linear or cosine, over optimizer steps
-WARMUP_STEPS: int = 0  # optimizer steps over which the rate rises from 0
-WEIGHT_DECAY: float = 0.01  # a step, times the rate; norms and biases are exempt
-BETAS: tuple[float, float] = (0.9, 0.999)  # AdamW's: how much of its means of gradients and their squares a step keeps
-MAX_GRAD_NORM: float = 1.0  # longer gradients are scaled down to this
-GRADIENT_CHECKPOINTING: bool = False  # compute activations twice instead of keeping them: a third slower, leaner
-PATIENCE: int | None = None  # stop after so many epochs without a better validation loss; None: never
-VALID_ANSWERS: int = 1000  # validation questions answered before training and after each epoch, at most
-CHECKPOINT_STEPS: int = 1000  # optimizer steps between checkpoints, besides one an epoch
-OVERWRITE: bool = False  # replace a finished model, or discard a run of other settings, in OUTPUT_DIR
-TRACKER: str | None = None  # "tensorboard", "wandb", "trackio": where losses go besides OUTPUT_DIR
-SEED: int = 0  # of the order in which examples are drawn
+OUTPUT_DIR: MayChange[str] = "./moondream_crosswalks_finetuned"  # the saved model, the log and the report
 
-MAY_BE_ZERO = ("WARMUP_STEPS", "WEIGHT_DECAY", "VALID_ANSWERS", "SEED")
-BELOW_ONE = ("BETAS",)
-CHOICES = {"LR_SCHEDULE": ("constant", "linear", "cosine"), "TRACKER": ("tensorboard", "wandb", "trackio")}
-MAY_CHANGE = ("EPOCHS", "OUTPUT_DIR", "FEATURES_DIR", "PATIENCE", "CHECKPOINT_STEPS", "OVERWRITE", "TRACKER")
-MAY_CHANGE += ("GRADIENT_CHECKPOINTING",)  # the same numbers in less memory
-MAX_NEW_TOKENS = 64  # an answer that is longer is cut off
-WORKERS = 4  # processes that decode pictures and read features, on a GPU
-BAD_STEPS = 3  # steps in a row without a finite gradient that end a run
+# How: most people edit no further than this --------------------------------------------------------------------------
+EPOCHS: MayChange[PositiveInt] = 5  # passes over the training data; the best one is saved, so more cost only time
+BATCH_SIZE: PositiveInt = 2  # questions in a micro-batch of one GPU: the most that fits, then GRAD_ACCUM_STEPS
+LEARNING_RATE: PositiveFloat = 3e-5  # small, as every weight of the text model moves
+
+# The machine ---------------------------------------------------------------------------------------------------------
+GRAD_ACCUM_STEPS: PositiveInt = 1  # micro-batches in an optimizer step
+GRADIENT_CHECKPOINTING: MayChange[bool] = False  # True: a third slower and leaner, by computing activations twice
+GROUP_BY_PICTURE: bool = True  # draw a picture's questions together: faster, as they share it; losses were no worse
+FEATURES_DIR: MayChange[str | None] = "./picture_features"  # the encoder's results, 3 MB a picture; None: not kept
+
+# The optimizer -------------------------------------------------------------------------------------------------------
+LR_SCHEDULE: Literal["constant", "linear", "cosine"] = "constant"  # linear and cosine fall to 0 by the last step
+WARMUP_STEPS: NonNegativeInt = 0  # optimizer steps in which the rate rises to LEARNING_RATE
+WEIGHT_DECAY: NonNegativeFloat = 0.01  # a step, times the rate; norms and biases are exempt
+BETAS: tuple[Share, Share] = (0.9, 0.999)  # AdamW's: how much of its means of gradients and their squares a step keeps
+MAX_GRAD_NORM: PositiveFloat = 1.0  # longer gradients are scaled down to this
+
+# Judging and keeping -------------------------------------------------------------------------------------------------
+PATIENCE: MayChange[PositiveInt | None] = None  # stop after so many epochs without a better loss; None: never
+VALID_ANSWERS: NonNegativeInt = 1000  # validation questions answered before training and after each epoch, at most
+CHECKPOINT_MINUTES: MayChange[PositiveFloat] = 15  # between two checkpoints, at most: what a power cut can cost
+OVERWRITE: MayChange[bool] = False  # replace a finished model, or discard a run of other settings, in OUTPUT_DIR
+TRACKER: MayChange[Literal["tensorboard", "wandb", "trackio"] | None] = None  # where losses go besides OUTPUT_DIR
+SEED: NonNegativeInt = 0  # of the order in which examples are drawn
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Example:
-    """A line: `place` is its file:line, `picture` the key of what its picture shows."""
-
-    place: str
-    image_path: str
-    question: str
-    answer: str
-    picture: str = ""
-    prompt_ids: list[int] = field(default_factory=list)
-    answer_ids: list[int] = field(default_factory=list)
-
-
 class VQADataset(Dataset):
     """The examples of a JSONL file whose pictures can be used.
 
+    Args:
+        lines: of `read_lines`.
+        found: {image_path: Picture, the PictureError that says what is wrong with it, or None where it is no file}.
     Attributes:
         examples: list of Example.
         pictures: {key: Picture}, one for each different content.
-        skipped: list of (place, reason) of the lines left out.
+        skipped: list of (source, reason) of the lines left out.
     Raises:
-        InputError: the file can't be read, lines are malformed, or no example is left.
+        InputError: no example is left.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
-        self.examples, self.pictures, self.skipped = [], {}, []
-        lines = [Example(place, **texts) for place, texts in read_lines(self.path)]
-        found = {name: find_picture(self.path, name) for name in dict.fromkeys(line.image_path for line in lines)}
-        inspected = inspect_all({file for file in found.values() if file is not None})
-        for line in lines:
-            picture = inspected.get(found[line.image_path])
+    def __init__(self, path, lines, found, tokenizer, max_text_tokens):
+        self.path, self.examples, self.pictures, self.skipped = Path(path), [], {}, []
+        for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, tokenizer), strict=True):
+            picture, tokens = found[line.image_path], len(prompt_ids) + len(answer_ids)
             if picture is None:
-                self.skipped.append((line.place, f"picture not found: {line.image_path}"))
+                self.skipped.append((line.source, f"picture not found: {line.image_path}"))
             elif isinstance(picture, PictureError):
-                self.skipped.append((line.place, f"picture broken: {line.image_path}: {picture}"))
+                self.skipped.append((line.source, f"picture broken: {line.image_path}: {picture}"))
+            elif tokens > max_text_tokens:
+                self.skipped.append((line.source, f"too long: {tokens} tokens of text, {max_text_tokens} fit"))
             else:
-                line.picture = self.pictures.setdefault(picture.key, picture).key
-                self.examples.append(line)
+                self.pictures.setdefault(picture.key, picture)
+                self.examples.append(Example(*line, picture.key, prompt_ids, answer_ids))
         self.require_examples()
 
-    def tokenize(self, tokenizer, room):
-        """Gives each example its token ids and leaves out those with more than `room` of them."""
-        if not tokenizer.eos_token_id == tokenizer.bos_token_id is not None:
-            raise InputError("the tokenizer is not Moondream2's: its texts begin and end with <|endoftext|>")
-        prompts = [prompt_text(example.question) for example in self.examples]
-        answers = [f" {example.answer}" for example in self.examples]
-        prompts, answers = (tokenizer(texts, add_special_tokens=False).input_ids for texts in (prompts, answers))
-        fitting = []
-        for example, prompt, answer in zip(self.examples, prompts, answers, strict=True):
-            example.prompt_ids, example.answer_ids = prompt, [*answer, tokenizer.eos_token_id]
-            tokens = len(prompt) + len(answer) + 1
-            if tokens <= room:
-                fitting.append(example)
-            else:
-                self.skipped.append((example.place, f"too long: {tokens} tokens behind the picture, {room} fit"))
-        self.examples = fitting
-        self.pictures = {key: self.pictures[key] for key in dict.fromkeys(example.picture for example in fitting)}
+    def leave_out(self, broken):
+        """Skips the examples whose picture could not be decoded; `broken` is {key: reason}. Returns what it skipped."""
+        skipped = [
+            (example.source, f"picture broken: {example.image_path}: {broken[example.picture]}")
+            for example in self.examples
+            if example.picture in broken
+        ]
+        self.skipped += skipped
+        self.examples = [example for example in self.examples if example.picture not in broken]
+        self.pictures = {key: picture for key, picture in self.pictures.items() if key not in broken}
         self.require_examples()
+        return skipped
 
     def require_examples(self):
         if not self.examples:
-            reasons = "\n".join(f"  {place}: {reason}" for place, reason in self.skipped[:10])
+            reasons = "\n".join(f"  {source}: {reason}" for source, reason in self.skipped[:10])
             raise InputError(f"{self.path} has no example that can be used\n{reasons}".strip())
 
     def __len__(self):
@@ -164,11 +145,16 @@ class VQADataset(Dataset):
         return self.examples[i]
 
 
-def print_skipped(dataset, most=5):
-    """How many lines were left out, and the first of them."""
-    if dataset.skipped:
-        print(f"{dataset.path}: {len(dataset.skipped)} lines skipped, {len(dataset)} left")
-        print("\n".join(f"  {place}: {reason}" for place, reason in dataset.skipped[:most]))
+def read_data(constants, tokenizer, max_text_tokens, stop):
+    """Both datasets, and a table of what is in them. What is malformed in either is said before a picture is read."""
+    files = [(path, read_lines(path)) for path in (Path(constants.train_file), Path(constants.valid_file))]
+    known, datasets = KnownPictures(constants.features_dir), []
+    for path, lines in files:
+        found = find_pictures(path, lines, known, stop.check_alone)
+        datasets.append(VQADataset(path, lines, found, tokenizer, max_text_tokens))
+        log.skipped(datasets[-1])
+    print(format_table(summarize(*datasets)))
+    return datasets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,92 +162,50 @@ def print_skipped(dataset, most=5):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def load_tokenizer(model_id, revision):
+    """Moondream2's configuration and tokenizer. No code of the hub is run, here or below."""
+    with checked_loading(model_id, revision) as loaded:
+        loaded.config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+        loaded.tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+    return loaded.config, loaded.tokenizer
+
+
+def load_model(model_id, revision):
+    """Moondream2 in bfloat16, its vision encoder frozen."""
+    with checked_loading(model_id, revision) as loaded:
+        model, loaded.info = AutoModelForCausalLM.from_pretrained(
+            model_id, revision=revision, dtype=torch.bfloat16, trust_remote_code=False, output_loading_info=True
+        )
+    model.vision_encoder.requires_grad_(False)
+    return model
+
+
 def print_parameters(model):
+    """The original run's line, which counts the region model; then what is really trained, the text model."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"Trainable parameters: {trainable:,} of {sum(p.numel() for p in model.parameters()):,}")
+    print(f"The optimizer holds {sum(p.numel() for p in model.text_model.parameters()):,}, the text model's")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loss and answers
+# Loss
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def image_embeds(batch, vision_encoder, store, device):
-    """The (rows, 729, 2048) features of a batch; pictures that came as pixels are encoded, and stored. None of none."""
-    features = [each for _, each in batch["pictures"]]
-    fresh = [r for r, each in enumerate(features) if each.dim() == 3]
-    if fresh:
-        with torch.no_grad():
-            encoded = vision_encoder([features[r] for r in fresh])
-        for r, each in zip(fresh, encoded, strict=True):
-            features[r] = each
-            store.save(batch["pictures"][r][0].key, each)
-    return torch.stack([each.to(device, non_blocking=True) for each in features]) if features else None
+def collate(rows, lay_out):
+    """A micro-batch: rows of examples laid out as tensors, with their pictures and the targets of the loss."""
+    batch = lay_out(rows)
+    # Only answers are learned. Each of their tokens is the target of the position before it; all other positions,
+    # whose labels would be -100, have no target and need not go through `lm_head`.
+    targets = [token for row in batch["rows"] for example in row for token in example.answer_ids]
+    return {**batch, "targets": torch.tensor(targets, dtype=torch.long)}
 
 
-def forward(text_model, batch, embeds, num_items=1, use_cache=False):
-    """The text model's output on a batch; its loss is summed over the answer tokens, then divided by `num_items`."""
-    names, device = ("input_ids", "position_ids", "labels", "scored", "segments"), next(text_model.parameters()).device
-    tensors = {name: batch[name].to(device, non_blocking=True) for name in names}
-    segments = tensors.pop("segments")
-    # Rows of one question need no mask: causal attention never looks at the padding behind them.
-    tensors["attention_mask"] = row_mask(segments) if any(len(row) > 1 for row in batch["examples"]) else None
-    return text_model(**tensors, image_embeds=embeds, num_items_in_batch=num_items, use_cache=use_cache)
-
-
-@torch.no_grad()
-def evaluate(run):
-    """Validation Avg Loss, the mean over all answer tokens, in which each example counts once; and {place: answer}.
-
-    VALID_ANSWERS of the examples are asked, drawn by SEED. A row is read once for both.
-    """
-    run.model.eval()
-    places = [example.place for example in run.valid]
-    asked = set(random.Random(run.constants.seed).sample(places, min(len(places), run.constants.valid_answers)))
-    batches = whole_rows(run.valid, range(len(run.valid)), 4 * run.constants.batch_size, run.room)
-    losses, tokens, answers = [], 0, {}
-    for number, batch in enumerate(collated(run, run.valid, share(run.accelerator, batches), "Validating")):
-        if run.accelerator.num_processes == 1 or number % 16 == 0:  # to agree, processes wait for their devices
-            run.stop.check()
-        if batch["examples"]:
-            embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
-            wanted = any(example.place in asked for row in batch["examples"] for example in row)
-            out = forward(run.model.text_model, batch, embeds, use_cache=wanted)
-            losses.append(out.loss)
-            tokens += len(batch["scored"])
-            answers |= answer(run, batch, out, asked) if wanted else {}
-            del out  # and its keys and values, before the next batch makes its own
-    losses, tokens = gather(torch.stack(losses).tolist() if losses else []), sum(gather([tokens]))
-    if not tokens:
-        raise InputError(f"no picture of {run.constants.valid_file} can be read any more")
-    return math.fsum(losses) / tokens, dict(gather(list(answers.items())))
-
-
-def answer(run, batch, out, asked):
-    """Greedy answers to those of a batch's examples that are asked, going on from the pass that gave their loss."""
-    rows, scored = batch["examples"], batch["scored"]
-    examples = [example for row in rows for example in row]
-    first = scored.diff(prepend=scored[:1] - 2) > 1  # of what predicts an answer: a prompt lies between two answers
-
-    def in_rows(values, padding=0):
-        return pad_sequence(values.split([len(row) for row in rows]), True, padding).to(run.device)
-
-    token = in_rows(out.logits.argmax(-1)[first.to(run.device)])
-    position_ids = in_rows(batch["position_ids"].flatten()[scored[first]] + 1)
-    done = in_rows(torch.tensor([example.place not in asked for example in examples]), True)
-    unseen = batch["labels"] != -100  # the true answers
-    segments = batch["segments"].masked_fill(unseen, -1).to(run.device)
-    eos = run.tokenizer.eos_token_id
-    ids = run.model.decode(token, position_ids, done, segments, out.past_key_values, eos, MAX_NEW_TOKENS)
-    ids = [each for row, answers in zip(rows, ids, strict=True) for each in answers[: len(row)]]
-    texts = [text.strip() for text in run.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    return {each.place: text for each, text in zip(examples, texts, strict=True) if each.place in asked}
-
-
-def accuracy(dataset, answers):
-    """The share of the answered examples whose answer is right; None where none was asked."""
-    right = [is_correct(answers[each.place], each.answer) for each in dataset.examples if each.place in answers]
-    return sum(right) / len(right) if right else None
+def answer_loss(text_model, batch, embeds, tokens_in_step, device):
+    """The cross-entropy of a micro-batch's answer tokens: its part of the mean over all such tokens of the step."""
+    logits = text_model(**text_inputs(batch, device), image_embeds=embeds).logits  # (answer tokens, vocabulary)
+    targets = batch["targets"].to(device, non_blocking=True)
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / tokens_in_step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,207 +213,119 @@ def accuracy(dataset, answers):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Run:
-    """Everything that a run holds, from its first step to its saved model; `prepare` puts it together."""
+class Engine(NamedTuple):
+    """What moves in training, as accelerate has prepared it."""
 
-    constants: SimpleNamespace
     accelerator: Accelerator
-    stop: Stop
-    output_dir: Path
-    train: VQADataset
-    valid: VQADataset
-    data: dict  # their summary
-    room: int  # tokens that fit behind a picture
-    model: Moondream
-    text_model: torch.nn.Module  # the model's, as accelerate wraps it
-    tokenizer: PreTrainedTokenizerBase
-    store: FeatureStore
-    collate: Collator
-    sampler: StepSampler
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    checkpoints: Checkpoints
-    progress: Progress
+    text_model: torch.nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
 
-    def __init__(self, **parts):
-        vars(self).update(parts)
+
+class Step(NamedTuple):
+    """What came of an optimizer step. `grad_norm` is the gradient's length before clipping."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
 
     @property
-    def device(self):
-        return self.accelerator.device
+    def is_applied(self):
+        return self.tokens > 0 and math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def collated(run, dataset, batches, title, done=0):
-    """The collated batches, behind a progress bar, read ahead by worker processes where a GPU would wait for them."""
-    is_cuda = run.device.type == "cuda"
-    data = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=run.collate,
-        num_workers=WORKERS if is_cuda else 0,
-        pin_memory=is_cuda,
-        worker_init_fn=leave_signals,
-        generator=torch.Generator(),  # a loader seeds its workers; from the global one training would miss the draw
-    )
-    shown = {"unit": "", "leave": False, "mininterval": 0.5, "disable": not run.accelerator.is_main_process}
-    with tqdm(data, title, len(batches) + done, initial=done, **shown) as bar:
-        for batch in bar:
-            report_failed(run.progress, batch["failed"])
-            yield batch
-            if run.progress.tokens:
-                bar.set_postfix_str(f"loss {run.progress.loss_sum / run.progress.tokens:.4f}", refresh=False)
+def build_engine(model, accelerator, steps_of_epoch, constants):
+    """AdamW over the text model's parameters, its schedule, and accelerate's preparations for one or several GPUs."""
+    c = constants
+    if c.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    optimizer = build_optimizer(model.text_model, c.learning_rate, c.weight_decay, c.betas)
+    scheduler = build_scheduler(optimizer, c.lr_schedule, c.warmup_steps, c.epochs * steps_of_epoch)
+    text_model, optimizer = accelerator.prepare(model.text_model, optimizer)
+    return Engine(accelerator, text_model, optimizer, scheduler)
 
 
-def report_failed(progress, failed):
-    """Says which examples fell out because their picture disappeared or broke during the run, each once."""
-    known = {place for place, _ in progress.left_out}
-    for place, reason in failed:
-        if place not in known:
-            progress.left_out.append([place, reason])
-            tqdm.write(f"left out {place}: {reason} ({len(progress.left_out)} so far)", sys.stderr)
+def train_step(engine, batches, vision_encoder, max_grad_norm):
+    """One optimizer step over the answer tokens of these micro-batches, and of those of the other processes.
 
-
-def train_step(run, batches):
-    """One optimizer step over the answer tokens of some micro-batches, and of those of the other processes.
-
-    Returns the mean loss, the gradient's length before clipping, and the number of tokens. Where loss or gradient is
-    not finite, nothing is updated.
+    Where loss or gradient is not finite, nothing is updated.
     """
-    accelerator, model = run.accelerator, run.text_model
-    tokens = torch.full((), float(sum(len(batch["scored"]) for batch in batches)), device=run.device)
+    accelerator, text_model, optimizer, scheduler = engine
+    device = accelerator.device
+    tokens = torch.full((), float(sum(len(batch["targets"]) for batch in batches)), device=device)
     tokens, losses = accelerator.reduce(tokens), []
-    divisor = tokens.clamp(min=1) / accelerator.num_processes  # for gradients are averaged over processes
+    tokens_in_step = tokens.clamp(min=1) / accelerator.num_processes  # for gradients are averaged over processes
     for batch in batches:
         # Gradients are exchanged once, in the last backward pass; sharded ones at once, as no process has room for all.
-        at_once = batch is batches[-1] or accelerator.is_fsdp2
-        if not batch["examples"] and not at_once:
+        exchange = batch is batches[-1] or accelerator.is_fsdp2
+        if not batch["rows"] and not exchange:
             continue  # sharing pictures left a step fewer rows than it has micro-batches
-        with nullcontext() if at_once else accelerator.no_sync(model):
-            embeds = image_embeds(batch, run.model.vision_encoder, run.store, run.device)
-            loss = forward(model, batch, embeds, divisor).loss
+        with nullcontext() if exchange else accelerator.no_sync(text_model):
+            embeds = image_embeds(batch["pictures"], vision_encoder, device)
+            loss = answer_loss(text_model, batch, embeds, tokens_in_step, device)
             accelerator.backward(loss)
         losses.append(loss.detach())
-    loss = accelerator.reduce(torch.stack(losses).sum(), "mean")
-    norm = accelerator.clip_grad_norm_(model.parameters(), run.constants.max_grad_norm)
-    norm = norm.full_tensor() if accelerator.is_fsdp2 else norm
-    loss, norm, tokens = torch.stack([loss, norm.float(), tokens]).tolist()
-    if tokens and math.isfinite(loss) and math.isfinite(norm):
-        run.optimizer.step()
-        run.scheduler.step()
-    run.optimizer.zero_grad()
-    return loss, norm, int(tokens)
+    loss, norm = accelerator.reduce(torch.stack(losses).sum(), "mean"), gradient_norm(text_model.parameters())
+    torch.nn.utils.clip_grads_with_norm_(text_model.parameters(), max_grad_norm, norm)
+    loss, norm, tokens = torch.stack([loss, norm, tokens]).tolist()
+    step = Step(loss, norm, scheduler.get_last_lr()[0], int(tokens))
+    if step.is_applied:
+        optimizer.step()
+        scheduler.step()
+    optimizer.zero_grad()
+    return step
 
 
-def train_epoch(run):
-    """The steps of the epoch under way that are still to be done."""
-    progress, constants, sampler = run.progress, run.constants, run.sampler
-    sampler.epoch, sampler.first_step = progress.epoch, progress.step
-    run.model.train()
-    title, done = f"Epoch {progress.epoch} of {constants.epochs}", progress.step * sampler.accum
-    batches, bad, clock = [], 0, time.monotonic() - progress.seconds
-    for batch in collated(run, run.train, sampler, title, done):
-        batches.append(batch)
-        if len(batches) < sampler.accum:
-            continue
-        loss, norm, tokens = train_step(run, batches)
-        if math.isfinite(loss) and math.isfinite(norm):
-            bad = 0
-            progress.loss_sum += loss * tokens
-            progress.tokens += tokens
+def train_epoch(engine, steps, vision_encoder, progress, checkpoints, stop, constants):
+    """The steps of the epoch under way that are still to be done; `steps` gives each one's micro-batches."""
+    engine.text_model.train()
+    bad, clock = 0, time.monotonic() - progress.seconds
+    for batches in steps:
+        step = train_step(engine, batches, vision_encoder, constants.max_grad_norm)
+        bad = 0 if step.is_applied else bad + 1
+        if bad:
+            log.bad_step(step, batches, bad)
         else:
-            bad += 1
-            report_bad_step(batches, loss, norm, bad)
-        batches = []
-        progress.step += 1
+            progress.loss_sum += step.loss * step.tokens
+            progress.tokens += step.tokens
+        progress.step, progress.total_steps = progress.step + 1, progress.total_steps + 1
+        progress.learning_rate = step.learning_rate
         progress.seconds = time.monotonic() - clock
-        step = (progress.epoch - 1) * sampler.steps + progress.step
-        scores = {"train_loss": loss, "grad_norm": norm, "learning_rate": run.optimizer.param_groups[0]["lr"]}
-        run.accelerator.log(scores, step)
-        run.stop.check()
-        if step % constants.checkpoint_steps == 0 and not bad:
-            checkpoint(run)
+        engine.accelerator.log(log.scores_of_step(step), progress.total_steps)
+        if stop.check(checkpoints.is_due(constants.checkpoint_minutes)) and not bad:
+            checkpoints.save(progress)
 
 
-def checkpoint(run, is_best=False):
-    run.checkpoints.save(run.accelerator, run.text_model, run.optimizer, run.scheduler, run.progress, is_best)
-
-
-def report_bad_step(batches, loss, norm, bad):
-    """Names the examples of a step that was not applied; ends the run after a few in a row."""
-    places = [example.place for batch in batches for row in batch["examples"] for example in row]
-    tqdm.write(f"Step not applied: loss {loss}, gradient {norm}; its examples: {', '.join(places)}", sys.stderr)
-    if bad == BAD_STEPS:
-        raise InputError(
-            f"{bad} steps in a row without a finite loss and gradient: a lower LEARNING_RATE may help; "
-            "the last checkpoint is kept"
-        )
-
-
-def finish_epoch(run):
-    """Validates, answers, records the epoch, and checkpoints it with the best epoch's weights."""
-    progress, constants = run.progress, run.constants
-    clock = time.monotonic() - progress.seconds
-    with whole_weights(run.text_model):
-        valid_loss, answers = evaluate(run)
+def finish_epoch(progress, valid_loss, answers, valid, seconds):
+    """Enters the epoch into the history; returns its record, and whether its validation loss is the lowest so far."""
+    is_best = progress.epoch > 0 and progress.is_best(valid_loss)
+    if is_best:
+        progress.best_epoch, progress.answers_best = progress.epoch, answers
+    if progress.epoch == 0:
+        progress.answers_before = answers
     record = {
         "epoch": progress.epoch,
         "train_loss": progress.loss_sum / progress.tokens if progress.tokens else None,
-        "valid_loss": valid_loss,
-        "valid_accuracy": accuracy(run.valid, answers),
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "seconds": round(time.monotonic() - clock, 3),
+        "valid_loss": valid_loss if math.isfinite(valid_loss) else None,
+        "valid_accuracy": accuracy_of(valid, answers),
+        "learning_rate": progress.learning_rate,
+        "left_out": len(progress.left_out),
+        "seconds": round(seconds, 3),
     }
-    trained = [each["valid_loss"] for each in progress.history if each["epoch"]]
-    is_best = progress.epoch > 0 and (not trained or valid_loss < min(trained))
-    if is_best:
-        progress.best_epoch, progress.answers_best = progress.epoch, answers
-    if not progress.epoch:
-        progress.answers_before = answers
-    progress.history.append(record)
-    progress.epoch, progress.step = progress.epoch + 1, 0
-    progress.loss_sum, progress.tokens, progress.seconds = 0.0, 0, 0.0
-    before = progress.history[0]["valid_accuracy"]
-    print_record(record, before, run.data["baseline_accuracy"], constants.epochs)
-    if record["epoch"]:
-        checkpoint(run, is_best)
-    write_log(run)
-    scores = {name: record[name] for name in ("valid_loss", "valid_accuracy") if record[name] is not None}
-    run.accelerator.log(scores, record["epoch"] * run.sampler.steps)
+    progress.end_epoch(record)
+    return record, is_best
 
 
-def write_log(run):
-    if run.accelerator.is_main_process:
-        records = "".join(json.dumps(record) + "\n" for record in run.progress.history)
-        write_text(run.output_dir / "training_log.jsonl", records)
+def read_batches(batches, title, total, done=0, *, lay_out, progress, is_shown):
+    """The collated micro-batches, which threads read ahead, behind a progress bar."""
+    return log.shown(read_ahead(partial(collate, lay_out=lay_out), batches), title, total, done, progress, is_shown)
 
 
-def print_record(record, before, baseline, epochs):
-    """One line: losses and accuracy, beside the accuracy before training and of the most frequent answers."""
-    name = f"Epoch {record['epoch']} of {epochs}" if record["epoch"] else "Before training"
-    parts = [] if record["train_loss"] is None else [f"Training Avg Loss: {record['train_loss']:.4f}"]
-    parts.append(f"Validation Avg Loss: {record['valid_loss']:.4f}")
-    if record["valid_accuracy"] is not None:
-        start = f"before training {before:.1%}, " if record["epoch"] else ""
-        parts.append(f"Validation accuracy: {record['valid_accuracy']:.1%} ({start}baseline {baseline:.1%})")
-    print(f"{name}: {', '.join(parts)}, {record['seconds']:.0f} s", flush=True)
-
-
-def train(run):
-    """Epoch after epoch, to the last or until patience ends; asked to stop, it leaves a checkpoint."""
-    progress, constants = run.progress, run.constants
-    try:
-        while progress.epoch <= constants.epochs:
-            waited = progress.epoch - 1 - progress.best_epoch
-            if progress.best_epoch and constants.patience is not None and waited >= constants.patience:
-                print(f"No better validation loss for {waited} epochs: stopping early.")
-                break
-            if progress.epoch:
-                train_epoch(run)
-            finish_epoch(run)
-    except Interrupted:
-        if progress.epoch:
-            checkpoint(run)
-        raise
+def in_steps(batches, accum):
+    """Lists of the micro-batches that make up an optimizer step each."""
+    while step := list(islice(batches, accum)):
+        yield step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,31 +333,27 @@ def train(run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save(run):
-    """Puts the best epoch's model, its card, the answers and the report into OUTPUT_DIR; the checkpoints go."""
-    weights = run.model.state_dict()
-    for name, tensor in load_file(run.checkpoints.newest() / "best.safetensors").items():
-        weights[f"text_model.{name}"] = tensor
-    folder = run.checkpoints.folder / "model"
-    with write_whole(folder) as beside:
-        run.model.config.auto_map = {}  # the hub's; save_pretrained enters this project's own file
-        run.model.save_pretrained(beside, state_dict=weights)
-        run.tokenizer.save_pretrained(beside)
-        (beside / "README.md").write_text(model_card(run), encoding="utf-8")
-    write_log(run)  # again: a run that was killed between checkpoint and log comes here at once
-    answers = predictions(run)
-    write_text(run.output_dir / "predictions.jsonl", "".join(json.dumps(each) + "\n" for each in answers))
-    write_report(run.output_dir / "report.html", report_of(run, answers))
-    move_into(folder, run.output_dir, last="config.json")
-    run.checkpoints.discard()
+def save(model, tokenizer, best_weights, card, folder):
+    """Fills a folder with the best epoch's model, complete in itself: weights, the model's code, tokenizer and card."""
+    weights = model.state_dict() | {f"text_model.{name}": tensor for name, tensor in best_weights.items()}
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def print_best(progress, epochs):
-    losses = {each["epoch"]: each["valid_loss"] for each in progress.history if each["epoch"]}
-    print(f"Best epoch: {progress.best_epoch} of {epochs} (Validation Avg Loss {losses[progress.best_epoch]:.4f})")
-    after = [f"{loss:.4f}" for epoch, loss in losses.items() if epoch > progress.best_epoch]
-    if after:
-        print(f"What followed was worse and is not in the saved model: {', '.join(after)}")
+def finish(constants, progress, checkpoints, output, model, tokenizer, train, valid):
+    """Puts into OUTPUT_DIR the best epoch's model, its answers and the report; the checkpoints go."""
+    progress.require_best()
+    log.best(progress, constants.epochs)
+    output.write_lines("training_log.jsonl", progress.history)  # a run may have been killed before it wrote the last
+    answers = predictions(valid, progress.answers_before, progress.answers_best)
+    output.write_lines("predictions.jsonl", answers)
+    device = model.get_input_embeddings().weight.device
+    write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, answers, device))
+    with output.new_model() as folder:
+        save(model, tokenizer, checkpoints.best_weights(), model_card(constants, progress, train, valid), folder)
+    checkpoints.discard()
+    print(f"Saved to {output.path}, with report.html to look at. To ask it:\n\n{how_to_ask(output.path, valid[0])}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,85 +361,72 @@ def print_best(progress, epochs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_data(constants, tokenizer, room):
-    """Both datasets, ready to train on, and the summary of them that is printed."""
-    files = constants.train_file, constants.valid_file
-    for file in files:
-        read_lines(Path(file))  # what is malformed in either is said before thousands of pictures are looked at
-    train, valid = map(VQADataset, files)
-    for dataset in (train, valid):
-        dataset.tokenize(tokenizer, room)
-        print_skipped(dataset)
-    data = summarize(train, valid)
-    print(format_table(data))
-    return train, valid, data
-
-
-def prepare(constants, accelerator, stop):
-    """All that a run needs before its first step: data, model, features, optimizer, and where it stands."""
-    run = Run(constants=constants, accelerator=accelerator, stop=stop, output_dir=Path(constants.output_dir))
-    with accelerator.main_process_first():
-        config, run.tokenizer = load_tokenizer(constants.model_id, constants.revision)
-    run.room = config.text_config.max_position_embeddings - 1 - config.image_tokens
-    run.train, run.valid, run.data = from_main(accelerator, read_data, constants, run.tokenizer, run.room)
-    with accelerator.main_process_first():
-        run.model = model = load_model(constants.model_id, constants.revision)
-    model.vision_encoder.requires_grad_(False)
+def fine_tune(constants, accelerator, output, checkpoints, stop):
+    """A run, from its data to its saved model."""
+    release = constants.model_id, constants.revision
+    config, tokenizer = first_on_each_machine(accelerator, load_tokenizer, *release)
+    prefix = 1 + config.image_tokens  # positions of BOS and a picture, which begin each row
+    max_text_tokens = config.text_config.max_position_embeddings - prefix
+    train, valid = from_main(accelerator, read_data, constants, tokenizer, max_text_tokens, stop)
+    model = first_on_each_machine(accelerator, load_model, *release).to(accelerator.device)
     print_parameters(model)
-    model.to(accelerator.device)
-    if constants.gradient_checkpointing:
-        model.activation_checkpointing_enable()
 
-    shape = (config.image_tokens, config.text_config.hidden_size)
-    run.store = FeatureStore(constants.features_dir, model.vision_encoder, shape)
-    run.checkpoints = Checkpoints(run.output_dir)
-    settings = settings_of(constants, MAY_CHANGE, run.train, run.valid, run.store.key)
-    step_size = constants.batch_size * constants.grad_accum_steps * accelerator.num_processes
-    run.progress = from_main(accelerator, resume_or_start, run.checkpoints, settings, step_size, constants.overwrite)
-    pictures = run.train.pictures | run.valid.pictures
-    keep_features(list(pictures.values()), model.vision_encoder, run.store, accelerator, WORKERS, stop.check_alone)
-    run.collate = Collator(model, run.tokenizer, run.store, pictures)
+    store = FeatureStore(constants.features_dir, model)
+    settings = settings_of(constants, cli.may_change(sys.modules[__name__]), train, valid, store.key)
+    progress = from_main(accelerator, resume_or_start, checkpoints, settings, constants, accelerator.num_processes)
+    start_tracker(accelerator, constants, progress)
+    pictures = train.pictures | valid.pictures
+    broken = keep_features(list(pictures.values()), model.vision_encoder, store, accelerator, stop.together)
+    log.left_out_before(train.leave_out(broken) + valid.leave_out(broken))
 
-    order = run.progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
-    run.sampler = StepSampler(run.train, *order, accelerator.process_index, accelerator.num_processes)
-    print_batch(run.sampler, constants.batch_size)
-    optimizer = build_optimizer(model.text_model, constants.learning_rate, constants.weight_decay, constants.betas)
-    steps = constants.epochs * run.sampler.steps
-    run.scheduler = build_scheduler(optimizer, constants.lr_schedule, constants.warmup_steps, steps)
-    run.text_model, run.optimizer = accelerator.prepare(model.text_model, optimizer)
-    run.checkpoints.load(accelerator, run.text_model, run.optimizer, run.scheduler)
-    return run
+    order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
+    sampler = StepSampler(train, prefix, *order, accelerator.process_index, accelerator.num_processes)
+    log.step_size(sampler, constants.batch_size)
+    engine = build_engine(model, accelerator, sampler.steps, constants)
+    checkpoints.watch(*engine)
+    checkpoints.load()
 
-
-def print_batch(sampler, batch_size):
-    parts = f"{sampler.processes} processes x BATCH_SIZE {batch_size} x {sampler.accum} micro-batches"
-    print(f"An optimizer step takes {sampler.step_size} questions: {parts}; an epoch has {sampler.steps} steps")
+    lay = partial(lay_out, pictures=pictures, store=store, bos=tokenizer.bos_token_id, image_tokens=config.image_tokens)
+    read = partial(read_batches, lay_out=lay, progress=progress, is_shown=accelerator.is_main_process)
+    judges = own_batches(accelerator, whole_rows(valid, prefix, 4 * constants.batch_size, max_text_tokens))
+    asked, baseline = draw_questions(valid, constants.valid_answers, constants.seed), baseline_accuracy(train, valid)
+    with checkpoints.saved_if_stopped(progress):
+        while progress.goes_on(constants.epochs, constants.patience):
+            clock = time.monotonic() - progress.seconds
+            if progress.epoch:
+                title, done = f"Epoch {progress.epoch} of {constants.epochs}", progress.step * sampler.accum
+                batches = chain.from_iterable(sampler.epoch(progress.epoch, progress.step))
+                with closing(read(batches, title, sampler.steps * sampler.accum, done)) as batches:
+                    steps = in_steps(batches, sampler.accum)
+                    train_epoch(engine, steps, model.vision_encoder, progress, checkpoints, stop, constants)
+            with whole_weights(engine.text_model), closing(read(judges, "Validating", len(judges))) as batches:
+                loss, answers = evaluate(model, tokenizer, stop.heeded(batches), asked)
+            record, is_best = finish_epoch(progress, loss, answers, valid, time.monotonic() - clock)
+            log.epoch(record, progress.history[0], baseline, constants.epochs)
+            if record["epoch"]:
+                checkpoints.save(progress, is_best)
+            if accelerator.is_main_process:
+                output.write_lines("training_log.jsonl", progress.history)
+            accelerator.log(log.scores_of_epoch(record), progress.total_steps)
+    from_main(accelerator, finish, constants, progress, checkpoints, output, model, tokenizer, train, valid)
 
 
 def main():
-    constants = cli.parse(globals(), sys.argv[1:], MAY_BE_ZERO, BELOW_ONE, CHOICES)
-    output_dir = Path(constants.output_dir)
-    transformers.utils.logging.set_verbosity_error()
+    constants = cli.parse(sys.modules[__name__], sys.argv[1:])
+    transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="PIL")  # of files that are read all the same; broken ones are named
-    if constants.tracker and not importlib.util.find_spec(constants.tracker):
-        raise InputError(f"TRACKER {constants.tracker!r} needs its package: pip install {constants.tracker}")
-    accelerator = start(log_with=constants.tracker, project_dir=output_dir)
-    with one_speaks(accelerator), only_run_in(output_dir) if accelerator.is_main_process else nullcontext():
-        from_main(accelerator, refuse_finished, output_dir, constants.overwrite)
-        accelerator.init_trackers("finetune_moondream", {name: str(value) for name, value in vars(constants).items()})
+    output = OutputDir(constants.output_dir)
+    checkpoints = Checkpoints(output)
+    accelerator = start(constants.tracker, output.path)
+    held = output.held(constants.model_id, constants.tracker) if accelerator.is_main_process else nullcontext()
+    with one_speaks(accelerator), held, Stop(accelerator) as stop:
+        from_main(accelerator, checkpoints.refuse_finished, constants.overwrite)
         try:
-            run = prepare(constants, accelerator, Stop(accelerator))
-            train(run)
+            fine_tune(constants, accelerator, output, checkpoints, stop)
         except Interrupted as interrupted:
             print(f"Stopped by {interrupted}. The same command goes on from there.")
             sys.exit(128 + interrupted.signum)
-        if accelerator.is_main_process:
-            save(run)
-            print_best(run.progress, constants.epochs)
-            print(f"Saved to {output_dir}, with report.html to look at. To ask it:\n")
-            print(how_to_ask(constants.output_dir, run.valid[0]))
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+        end(accelerator)
 
 
 if __name__ == "__main__":

@@ -6,73 +6,95 @@ python -m moondream2.ask moondream_crosswalks_finetuned valid.jsonl
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 import transformers
 from accelerate import Accelerator
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import finetune_moondream as script
-from moondream2.card import machine, predictions
-from moondream2.checkpoints import Progress
-from moondream2.cli import InputError, run
+from moondream2 import cli, log
+from moondream2.cli import InputError
+from moondream2.data import Example, read_lines, tokenize
+from moondream2.evaluation import accuracy_of, evaluate
 from moondream2.features import FeatureStore
 from moondream2.files import write_text
-from moondream2.loading import load_model, load_tokenizer
-from moondream2.modeling_moondream2 import preprocess
-from moondream2.pictures import PictureError, open_picture
-from moondream2.report import write_report
+from moondream2.loading import checked_loading
+from moondream2.pictures import KnownPictures, Picture, PictureError, find_pictures, look, pixels_of, read_ahead
+from moondream2.report import facts, machine, predictions, write_report
+from moondream2.rows import lay_out, whole_rows
+
+
+def load(folder):
+    """A saved model in bfloat16, and its tokenizer."""
+    with checked_loading(folder, None) as loaded:
+        loaded.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, loaded.info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, trust_remote_code=False, output_loading_info=True
+        )
+        loaded.config = model.config
+    return model, loaded.tokenizer
 
 
 def ask(model, tokenizer, path, questions):
     """Prints the answers to questions about one picture."""
-    encoder = model.vision_encoder
     try:
-        pixels, _ = open_picture(Path(path), lambda image: preprocess(image, encoder.image_size, encoder.tile_from))
+        pixels = pixels_of(look(Path(path)), model.vision_encoder.preprocess)
     except PictureError as error:
         raise InputError(f"cannot use the picture {path}: {error}") from None
     for answer in model.answer_questions(model.encode_image([pixels]), [questions], tokenizer)[0]:
         print(answer)
 
 
-def score(accelerator, model_id, model, tokenizer, path, batch_size, output_dir):
+def read_questions(path, tokenizer, max_text_tokens):
+    """The examples of a JSONL file, in the form of a dataset: path, examples, pictures by their key, skipped."""
+    lines, data = read_lines(path), SimpleNamespace(path=path, examples=[], pictures={}, skipped=[])
+    found = find_pictures(path, lines, KnownPictures(None))
+    for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, tokenizer), strict=True):
+        picture = found[line.image_path]
+        if not isinstance(picture, Picture):
+            data.skipped.append((line.source, f"picture {picture or 'not found'}: {line.image_path}"))
+        elif len(prompt_ids) + len(answer_ids) > max_text_tokens:
+            data.skipped.append((line.source, f"too long: {len(prompt_ids) + len(answer_ids)} tokens of text"))
+        else:
+            data.pictures.setdefault(picture.key, picture)
+            data.examples.append(Example(*line, picture.key, prompt_ids, answer_ids))
+    if not data.examples:
+        raise InputError(f"{path} has no question that can be asked")
+    return data
+
+
+def score(model, tokenizer, path, batch_size, output_dir, title):
     """Prints accuracy and loss on a file of questions; writes the answers and a report into a folder."""
-    data = script.VQADataset(path)
-    room = model.config.text_config.max_position_embeddings - 1 - model.config.image_tokens
-    data.tokenize(tokenizer, room)
-    script.print_skipped(data)
-    store = FeatureStore(None, model.vision_encoder, (model.config.image_tokens, model.config.text_config.hidden_size))
-    scored = SimpleNamespace(
-        constants=SimpleNamespace(batch_size=batch_size, valid_file=path, valid_answers=len(data), seed=0),
-        accelerator=accelerator,
-        device=accelerator.device,
-        model=model,
-        tokenizer=tokenizer,
-        valid=data,
-        room=room,
-        store=store,
-        collate=script.Collator(model, tokenizer, store, data.pictures),
-        progress=Progress({}),
-        stop=SimpleNamespace(check=lambda: None),
-    )
-    loss, scored.progress.answers_best = script.evaluate(scored)
-    accuracy = script.accuracy(data, scored.progress.answers_best)
-    scored.progress.history = [{"epoch": 0, "valid_loss": loss, "valid_accuracy": accuracy, "seconds": 0.0}]
-    print(f"{len(data)} questions: Avg Loss: {loss:.4f}, accuracy: {accuracy:.1%}")
-    answers = predictions(scored)
+    prefix, most = 1 + model.config.image_tokens, model.config.text_config.max_position_embeddings
+    data = read_questions(path, tokenizer, most - prefix)
+    log.skipped(data)
+    rows = whole_rows(data.examples, prefix, 4 * batch_size, most - prefix)
+    store, bos = FeatureStore(None, model), tokenizer.bos_token_id
+    read = partial(lay_out, pictures=data.pictures, store=store, bos=bos, image_tokens=model.config.image_tokens)
+    batches = tqdm(read_ahead(read, rows), "Asking", len(rows), unit=" batches", leave=False)
+    loss, answers = evaluate(model, tokenizer, batches, {example.source for example in data.examples})
+    right = accuracy_of(data.examples, answers)
+    print(f"{len(data.examples)} questions: Avg Loss: {loss:.4f}, accuracy: {right:.1%}")
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / "predictions.jsonl", "".join(json.dumps(each) + "\n" for each in answers))
-    report = {
-        "title": f"{Path(model_id).name} on {Path(path).name}",
-        "model": {"id": model_id, "revision": None},
-        "history": scored.progress.history,
-        "kept_epoch": None,
-        "data": None,
-        "predictions": answers,
-        "constants": {"BATCH_SIZE": batch_size},
-        "machine": machine(scored),
-    }
-    write_report(output_dir / "report.html", report)
+    lines = predictions(data, before={}, after=answers)
+    write_text(output_dir / "predictions.jsonl", "".join(json.dumps(each) + "\n" for each in lines))
+    history = [{"epoch": 0, "valid_loss": loss, "valid_accuracy": right, "seconds": 0.0}]
+    page = facts(
+        title=title,
+        constants=SimpleNamespace(model_id=title, revision=None, batch_size=batch_size),
+        summary=None,
+        history=history,
+        kept_epoch=None,
+        predictions=lines,
+        skipped=data.skipped,
+        left_out=[],
+        machine=machine(model.device, 0.0),
+    )
+    write_report(output_dir / "report.html", page)
     print(f"Answers and report in {output_dir}")
 
 
@@ -90,15 +112,15 @@ def main():
     if is_file == bool(words.question):
         raise InputError("give a picture and at least one question, or a .jsonl file alone")
     transformers.utils.logging.set_verbosity_error()
-    _, tokenizer = load_tokenizer(words.model, script.REVISION)
-    accelerator = Accelerator()
-    model = load_model(words.model, script.REVISION).to(accelerator.device)
+    model, tokenizer = load(words.model)
+    model.to(Accelerator().device)
     if is_file:
         output_dir = Path(words.output_dir or Path(words.picture).with_suffix("").name + "_scored")
-        score(accelerator, words.model, model, tokenizer, words.picture, words.batch_size, output_dir)
+        title = f"{Path(words.model).name} on {Path(words.picture).name}"
+        score(model, tokenizer, Path(words.picture), words.batch_size, output_dir, title)
     else:
         ask(model, tokenizer, words.picture, words.question)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

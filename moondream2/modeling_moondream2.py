@@ -89,6 +89,8 @@ class MoondreamConfig(PretrainedConfig):
 # Picture -> tensor
 # ---------------------------------------------------------------------------------------------------------------------
 
+PIXELS_VERSION = 1  # raise it whenever preprocess() gives other pixels: what is kept of the old ones is then left alone
+
 
 def upright_rgb(image):
     """The picture as a person sees it: turned upright by its EXIF orientation, 8 bits a channel, on white, RGB."""
@@ -287,23 +289,23 @@ class TextAttention(nn.Module):
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, cos, sin, mask, cache, scored=None):
+    def forward(self, x, cos, sin, mask, cache, positions=None):
         q, k, v = rearrange(self.Wqkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = v.contiguous()  # a view would keep all of Wqkv's output alive until the backward pass
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
-        return self.out_proj(at(scored, rearrange(x, "b h t d -> b t (h d)")))
+        return self.out_proj(at(positions, rearrange(x, "b h t d -> b t (h d)")))
 
 
-def at(scored, x):
-    """x (batch, tokens, width) at the positions `scored` (n,) of batch x tokens, or everywhere without them."""
-    return x if scored is None else x.flatten(0, 1)[scored]
+def at(positions, x):
+    """x (batch, tokens, width) at n of its batch x tokens positions, (n, width); all of x where `positions` is None."""
+    return x if positions is None else x.flatten(0, 1)[positions]
 
 
 class TextBlock(nn.Module):
-    """x + attention(ln(x)) + mlp(ln(x)): one norm feeds both. With `scored` only these positions come out."""
+    """x + attention(ln(x)) + mlp(ln(x)): one norm feeds both. Only `positions` come out, where they are given."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -311,9 +313,9 @@ class TextBlock(nn.Module):
         self.mixer = TextAttention(config, layer)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x, cos, sin, mask, cache, scored=None):
+    def forward(self, x, cos, sin, mask, cache, positions=None):
         h = self.ln(x)
-        return at(scored, x) + self.mixer(h, cos, sin, mask, cache, scored) + self.mlp(at(scored, h))
+        return at(positions, x) + self.mixer(h, cos, sin, mask, cache, positions) + self.mlp(at(positions, h))
 
 
 def attention_mask_4d(mask, tokens, past, device):
@@ -362,10 +364,10 @@ class TextModel(nn.Module):
         past_key_values=None,
         use_cache=False,
         labels=None,
-        scored=None,
         num_items_in_batch=None,
+        answer_positions=None,
     ):
-        """Logits and, with labels, the cross-entropy of each next token, in float32.
+        """Logits (batch, tokens, vocabulary) and, with labels, their cross-entropy in float32.
 
         Args:
             input_ids: (batch, tokens); or inputs_embeds: (batch, tokens, width).
@@ -374,28 +376,24 @@ class TextModel(nn.Module):
             position_ids: (batch, tokens). Without it, tokens that are not padding are counted.
             past_key_values: a transformers Cache to go on from; `use_cache` alone starts one.
             labels: (batch, tokens), as in transformers: -100 where nothing is to be learned, not shifted.
-            scored: (n,) which of the batch x tokens positions, counted through, leave the last layer's attention for
-                its MLP and `lm_head`; logits are then (n, vocabulary). With labels these are the positions before a
-                label, and are found where not given, for which the host waits on the device.
-            num_items_in_batch: what the summed loss is divided by. Without it, the number of labels scored.
+            num_items_in_batch: what the summed loss is divided by. Without it, the number of labels.
+            answer_positions: (n,) of the batch x tokens positions, counted through. Only these leave the last layer's
+                attention for its MLP and `lm_head`, and logits are (n, vocabulary). Not to be given with labels.
         """
         x = self.transformer.embd.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if image_embeds is not None:
             x = torch.cat([x[:, :1], image_embeds.to(x.dtype), x[:, 1:]], dim=1)
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         past = 0 if cache is None else cache.get_seq_length()
+        x = self._hidden_states(x, attention_mask, position_ids, cache, past, answer_positions)
+        logits, loss = self.lm_head.linear(self.lm_head.ln(x)), None
         if labels is not None:
-            next_labels = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-            scored = (next_labels != -100).nonzero()[:, 0] if scored is None else scored
-        x = self._hidden_states(x, attention_mask, position_ids, cache, past, scored)
-        logits = self.lm_head.linear(self.lm_head.ln(x))
-        if labels is None:
-            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-        loss = F.cross_entropy(logits.float(), next_labels[scored], reduction="sum")
-        loss = loss / (max(len(scored), 1) if num_items_in_batch is None else num_items_in_batch)
+            predicted, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            items = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = F.cross_entropy(predicted, labels, reduction="sum") / items
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
-    def _hidden_states(self, x, attention_mask, position_ids, cache, past, scored):
+    def _hidden_states(self, x, attention_mask, position_ids, cache, past, answer_positions):
         tokens = x.shape[1]
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
@@ -404,11 +402,11 @@ class TextModel(nn.Module):
         cos, sin = rotary_angles(position_ids, self.config.rotary_dim, self.config.rotary_theta)
         mask = attention_mask_4d(attention_mask, tokens, past, x.device)
         for block in self.transformer.h:
-            wanted = scored if block is self.transformer.h[-1] else None
+            positions = answer_positions if block is self.transformer.h[-1] else None
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(block.__call__, x, cos, sin, mask, None, wanted)
+                x = self._gradient_checkpointing_func(block.__call__, x, cos, sin, mask, None, positions)
             else:
-                x = block(x, cos, sin, mask, cache, wanted)
+                x = block(x, cos, sin, mask, cache, positions)
         return x
 
 
@@ -437,46 +435,67 @@ def prompt_text(question, chat_history=""):
     return f"\n\n{chat_history}Question: {question}\n\nAnswer:"
 
 
+def answer_text(answer):
+    """An answer as it follows its prompt; the end-of-text token follows it."""
+    return f" {answer}"
+
+
 def lay_out_rows(rows, bos, image_tokens):
-    """Rows `[BOS, image, text 1, text 2, ...]`, one a picture, whose texts don't see each other.
+    """Rows `[BOS, image, prompt 1, answer 1, prompt 2, answer 2, ...]`: a picture, and questions blind to each other.
 
     Args:
-        rows: for each picture a list of texts, each a list of token ids.
+        rows: for each picture a list of (prompt ids, answer ids); an answer may be empty.
     Returns:
-        input_ids (rows, 1 + text tokens), without the image's places, padded with `bos`; and for all `tokens` of a row
-        segments (rows, tokens): 0 for BOS and image, k for text k, -1 for padding; position_ids (rows, tokens), in
-        which each text starts right behind the image.
+        a dictionary, in which `tokens` counts the image's places and positions are counted through rows x tokens:
+        input_ids: (rows, tokens - image_tokens), padded with `bos`.
+        document_ids: (rows, tokens), 0 for BOS and image, k for question k and its answer, -1 for padding.
+        position_ids: (rows, tokens), in which each question starts right behind the image.
+        prompt_ends: (rows, questions), the position of each prompt's last token; -1 where a row has fewer questions.
+        answer_positions: (answer tokens,), the positions that predict answers' tokens: each stands before its token.
     """
-    texts = max(sum(map(len, row)) for row in rows)
     prefix = 1 + image_tokens
-    input_ids = torch.full((len(rows), 1 + texts), bos)
-    segments = torch.full((len(rows), prefix + texts), -1)
-    segments[:, :prefix] = 0
-    position_ids = torch.arange(prefix + texts).repeat(len(rows), 1)
+    tokens = prefix + max(sum(len(prompt) + len(answer) for prompt, answer in row) for row in rows)
+    input_ids = torch.full((len(rows), tokens - image_tokens), bos)
+    document_ids = torch.full((len(rows), tokens), -1)
+    document_ids[:, :prefix] = 0
+    position_ids = torch.arange(tokens).repeat(len(rows), 1)
+    prompt_ends = torch.full((len(rows), max(map(len, rows))), -1)
+    answer_positions = []
     for r, row in enumerate(rows):
-        start = 0
-        for k, ids in enumerate(row, start=1):
+        start = prefix
+        for k, (prompt, answer) in enumerate(row):
+            ids = torch.tensor([*prompt, *answer])
             end = start + len(ids)
-            input_ids[r, 1 + start : 1 + end] = torch.tensor(ids)
-            segments[r, prefix + start : prefix + end] = k
-            position_ids[r, prefix + start : prefix + end] = torch.arange(prefix, prefix + len(ids))
+            input_ids[r, start - image_tokens : end - image_tokens] = ids
+            document_ids[r, start:end] = k + 1
+            position_ids[r, start:end] = torch.arange(prefix, prefix + len(ids))
+            last = r * tokens + start + len(prompt) - 1
+            prompt_ends[r, k] = last
+            answer_positions.extend(range(last, last + len(answer)))
             start = end
-    return {"input_ids": input_ids, "segments": segments, "position_ids": position_ids}
+    return {
+        "input_ids": input_ids,
+        "document_ids": document_ids,
+        "position_ids": position_ids,
+        "prompt_ends": prompt_ends,
+        "answer_positions": torch.tensor(answer_positions, dtype=torch.long),
+    }
 
 
-def row_mask(segments, queries=None):
+def row_mask(document_ids, queries=None):
     """Who sees whom in rows of `lay_out_rows`: 4-D boolean for the text model.
 
     Args:
-        segments: (rows, tokens).
-        queries: (rows, n), the segments of the row's newest n tokens where only these are asked for and no two are of
-            one segment: a decoding step. Without it every token asks, and sees nothing behind itself.
+        document_ids: (rows, tokens).
+        queries: (rows, n), the document ids of the newest n tokens, where only these are asked for and no two are of
+            one document: a decoding step. Without it every token asks, and sees nothing behind itself.
     """
-    keys = segments[:, None, None, :]
+    keys = document_ids[:, None, None, :]
     if queries is not None:
         return (keys == 0) | (keys == queries[:, None, :, None])
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    return causal & ((keys == 0) | (keys == segments[:, None, :, None]))
+    tokens = document_ids.shape[1]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()
+    return causal & ((keys == 0) | (keys == document_ids[:, None, :, None]))
 
 
 class Moondream(PreTrainedModel):
@@ -540,49 +559,51 @@ class Moondream(PreTrainedModel):
         Returns:
             for each row a list of answers, each a list of token ids without `eos`.
         """
-        rows, most, device = len(prompts), max(map(len, prompts)), self.get_input_embeddings().weight.device
-        layout = {name: x.to(device) for name, x in lay_out_rows(prompts, bos, image_embeds.shape[1]).items()}
-        segments, position_ids = layout["segments"], layout["position_ids"]
-        questions = torch.arange(1, most + 1, device=device)[:, None]
-        # (rows, most): where each prompt's last token stands in its row
-        last = (segments[:, None] == questions).cumsum(-1).argmax(-1)
+        device = self.get_input_embeddings().weight.device
+        rows = lay_out_rows([[(prompt, []) for prompt in row] for row in prompts], bos, image_embeds.shape[1])
+        rows = {name: tensor.to(device) for name, tensor in rows.items()}
         out = self.text_model(
-            input_ids=layout["input_ids"],
+            input_ids=rows["input_ids"],
             image_embeds=image_embeds.to(device),
-            attention_mask=row_mask(segments),
-            position_ids=position_ids,
-            scored=(last + torch.arange(rows, device=device)[:, None] * segments.shape[1]).flatten(),
+            attention_mask=row_mask(rows["document_ids"]),
+            position_ids=rows["position_ids"],
+            answer_positions=rows["prompt_ends"].clamp(min=0).flatten(),
             use_cache=True,
         )
-        done = torch.tensor([[k >= len(row) for k in range(most)] for row in prompts], device=device)
-        token, cache = out.logits.argmax(-1).view(rows, most), out.past_key_values
-        answers = self.decode(token, position_ids.gather(1, last) + 1, done, segments, cache, eos, max_new_tokens)
+        first = out.logits.argmax(-1).view_as(rows["prompt_ends"])
+        answers = self.decode(first, rows, out.past_key_values, eos, max_new_tokens)
         return [row[: len(prompt)] for row, prompt in zip(answers, prompts, strict=True)]
 
     @torch.inference_mode()
-    def decode(self, token, position_ids, done, segments, cache, eos, max_new_tokens):
+    def decode(self, first, rows, cache, eos, max_new_tokens, asked=None):
         """Goes on greedily with all questions of all rows at once: a step costs one token for each question.
 
         Args:
-            token: (rows, questions), the first of each answer; position_ids: (rows, questions), where it stands.
-            done: (rows, questions), True where there is no question.
-            segments: (rows, tokens), of what has been read; no question sees a segment below 0.
-            cache: the keys and values of what has been read.
+            first: (rows, questions), the first token of each answer.
+            rows: of `lay_out_rows`, on the model's device, which the text model has read; their own answers, if they
+                have any, stay unseen.
+            cache: the keys and values of what it has read.
+            asked: (rows, questions), True where an answer is wanted; all where None.
         Returns:
-            for each row a list of answers, each a list of token ids without `eos`.
+            for each row a list of answers, each a list of token ids without `eos`; empty where none was wanted.
         """
-        questions = torch.arange(1, token.shape[1] + 1, device=token.device).expand_as(token)
-        answers = []
+        ends = rows["prompt_ends"]
+        done = ends < 0 if asked is None else (ends < 0) | ~asked
+        position_ids = rows["position_ids"].flatten()[ends.clamp(min=0)] + 1
+        is_answer = rows["answer_positions"] + 1
+        document_ids = rows["document_ids"].flatten().index_fill(0, is_answer, -1).view_as(rows["document_ids"])
+        questions = torch.arange(1, ends.shape[1] + 1, device=ends.device).expand_as(ends)
+        token, answers = first, []
         while True:
             token = token.masked_fill(done, eos)
             answers.append(token)
             done = done | (token == eos)
             if len(answers) == max_new_tokens or done.all():
                 break
-            segments = torch.cat([segments, questions], dim=1)
+            document_ids = torch.cat([document_ids, questions], dim=1)
             out = self.text_model(
                 input_ids=token,
-                attention_mask=row_mask(segments, questions),
+                attention_mask=row_mask(document_ids, questions),
                 position_ids=position_ids,
                 past_key_values=cache,
             )

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,10 +25,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune_moondream as script
-from moondream2.features import FeatureStore, encode_pictures
+from moondream2.data import Example, Line, tokenize
+from moondream2.evaluation import evaluate
+from moondream2.features import CHUNK, FeatureStore, encode_pictures, image_embeds
 from moondream2.modeling_moondream2 import Moondream, MoondreamConfig
-from moondream2.pictures import inspect, pixels_of
-from tests.conftest import TINY, make_run, start_script, write_lines
+from moondream2.pictures import look, pixels_of
+from moondream2.rows import lay_out, rows_of
+from tests.conftest import TINY, engine_of, start_script, write_lines
 
 VALID_SHARE = 0.25  # validation questions for each training question
 # As the sample data's, some of which are seen in tiles: 1, 3, 1, 5, 1, 3, 1 and 1 passes of the vision transformer.
@@ -54,26 +58,22 @@ def build(arguments):
 
 
 class Examples(list):
-    """`count` questions on pictures of their own, `questions` on each, as a tokenized dataset."""
+    """`count` questions on pictures of their own, `questions` on each, tokenized."""
 
     def __init__(self, folder, tokenizer, count, questions):
         self.pictures = {}
+        lines, keys = [], []
         for i in range(count):
-            number = i // questions
+            number, k = i // questions, i % questions % 3
             path = folder / f"{number}.png"
             if not path.exists():
                 Image.effect_noise(SIZES[number % len(SIZES)], 40 + number).convert("RGB").save(path)
-            picture = inspect(path)
+            picture = look(path)
             self.pictures[picture.key] = picture
-            k = i % questions
-            question, answer = QUESTIONS[k % 3], ANSWERS[k % 3]
-            example = script.Example(f"{i}", path.name, question, answer, picture.key)
-            example.prompt_ids = tokenizer(script.prompt_text(question), add_special_tokens=False).input_ids
-            example.answer_ids = [
-                *tokenizer(f" {answer}", add_special_tokens=False).input_ids,
-                tokenizer.eos_token_id,
-            ]
-            self.append(example)
+            keys.append(picture.key)
+            lines.append(Line(f"{i}", path.name, QUESTIONS[k], ANSWERS[k]))
+        for line, key, ids in zip(lines, keys, tokenize(lines, tokenizer), strict=True):
+            self.append(Example(*line, key, *ids))
 
 
 class Plain:
@@ -93,7 +93,7 @@ class Plain:
     def loss(self, examples):
         model, encoder = self.model, self.model.vision_encoder
         with torch.no_grad():
-            images = [pixels_of(examples.pictures[example.picture], encoder) for example in examples]
+            images = [pixels_of(examples.pictures[example.picture], encoder.preprocess) for example in examples]
             image_embeds = encoder(images)
         texts = [torch.tensor([self.bos, *example.prompt_ids, *example.answer_ids]) for example in examples]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.bos)
@@ -124,40 +124,45 @@ class Plain:
 class Ours:
     """The script's own functions."""
 
-    def __init__(self, model, tokenizer, examples, folder, batch_size):
-        self.model = model
-        self.run = make_run(model, tokenizer, examples, examples, batch_size=batch_size, valid_answers=0)
-        shape = (model.config.image_tokens, model.config.text_config.hidden_size)
-        self.run.store = self.run.collate.store = FeatureStore(folder, model.vision_encoder, shape)
-        self.run.optimizer = None
+    def __init__(self, model, tokenizer, examples, folder):
+        self.model, self.tokenizer, self.engine = model, tokenizer, None
+        self.store = FeatureStore(folder, model)
+        tokens = {"bos": tokenizer.bos_token_id, "image_tokens": model.config.image_tokens}
+        self.lay_out = partial(lay_out, pictures=examples.pictures, store=self.store, **tokens)
 
     def start(self):
-        constants = self.run.constants
-        optimizer = script.build_optimizer(
-            self.model.text_model, constants.learning_rate, constants.weight_decay, constants.betas
-        )
-        optimizer.step()
-        optimizer.zero_grad()
-        self.run.optimizer, self.run.scheduler = optimizer, script.build_scheduler(optimizer, "constant", 0, 1)
+        self.engine = engine_of(self.model)
+        self.engine.optimizer.step()
+        self.engine.optimizer.zero_grad()
 
     def stop(self):
-        self.run.optimizer = self.run.scheduler = None  # which holds the optimizer
+        self.engine = None
 
     def encode(self, examples):
-        encode_pictures(list(examples.pictures.values()), self.model.vision_encoder, self.run.store, show=False)
+        pictures = list(examples.pictures.values())
+        encode_pictures(
+            [pictures[i : i + CHUNK] for i in range(0, len(pictures), CHUNK)],
+            self.model.vision_encoder,
+            self.store,
+            show=False,
+        )
+
+    def collate(self, examples):
+        return script.collate(rows_of(examples, 2**20), self.lay_out)
 
     def train(self, examples):
         self.model.train()
-        return script.train_step(self.run, [self.run.collate(list(examples))])[0]
+        batches = [self.collate(examples)]
+        return script.train_step(self.engine, batches, self.model.vision_encoder, script.MAX_GRAD_NORM).loss
 
     def validate(self, examples):
-        self.run.valid = examples
-        return script.evaluate(self.run)[0]
+        return evaluate(self.model, self.tokenizer, [self.collate(examples)])[0]
 
     def forward_backward(self, examples):
-        batch = self.run.collate(list(examples))
-        embeds = script.image_embeds(batch, self.model.vision_encoder, self.run.store, "cpu")
-        seconds, _ = timed(lambda: script.forward(self.model.text_model, batch, embeds).loss.backward())
+        batch = self.collate(examples)
+        embeds = image_embeds(batch["pictures"], self.model.vision_encoder, "cpu")
+        loss = partial(script.answer_loss, self.model.text_model, batch, embeds, 1, "cpu")
+        seconds, _ = timed(lambda: loss().backward())
         self.model.zero_grad()
         return seconds, flops(self.model.config.text_config, batch)
 
@@ -174,7 +179,7 @@ def flops(config, batch):
     Counted is what the loss needs: attention to earlier positions, and of the last layer's MLP, its projection and
     `lm_head` the positions that predict an answer token.
     """
-    (rows, tokens), scored = batch["segments"].shape, len(batch["scored"])
+    (rows, tokens), scored = batch["document_ids"].shape, len(batch["targets"])
     width, inner = config.hidden_size, config.intermediate_size
     seen = rows * tokens * (3 * width**2 + tokens * width)  # Wqkv and attention: half of two products of n x n
     behind = width**2 + 2 * width * inner  # out_proj and the MLP
@@ -199,7 +204,7 @@ def compare(arguments, model, tokenizer, questions):
         batches = [Batch(batch, examples.pictures) for batch in batches]
         sides = {
             "plain": Plain(model, tokenizer, script.LEARNING_RATE),
-            "ours": Ours(model, tokenizer, examples, folder / "features", arguments.batch_size),
+            "ours": Ours(model, tokenizer, examples, folder / "features"),
         }
         encoding, _ = timed(lambda: sides["ours"].encode(examples))
         encoding *= (1 + VALID_SHARE) / script.EPOCHS  # the validation pictures' too; once for all epochs
@@ -250,10 +255,8 @@ def measure_peak(arguments):
         if arguments.side == "plain":
             side = Plain(model, tokenizer, script.LEARNING_RATE)
         else:
-            side = Ours(model, tokenizer, examples, Path(folder) / "features", arguments.batch_size)
+            side = Ours(model, tokenizer, examples, Path(folder) / "features")
             side.encode(examples)
-            side.run.store.keep_encoder(model.vision_encoder)
-            side.run.store.set_aside(model.vision_encoder)
             if arguments.gradient_checkpointing:
                 model.activation_checkpointing_enable()
         side.start()
@@ -264,7 +267,7 @@ def measure_peak(arguments):
 
 LOADING = """
 import sys, threading, time
-from moondream2.loading import load_model
+from finetune_moondream import load_model
 
 def own_gib():  # without the pages of the mapped file, which the system may drop at any time
     return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 2**20
@@ -276,7 +279,7 @@ def watch():
 
 seen, before = [], own_gib()
 threading.Thread(target=watch, daemon=True).start()
-model = load_model(sys.argv[1], None)
+model = load_model(sys.argv[1], "main")
 weights = sum(p.nbytes for p in model.parameters()) / 2**30
 print(f"GiB of weights: {weights:.2f}, at most in use while they load: {max(seen) - before:.2f}")
 """

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,16 +17,26 @@ from PIL import Image, ImageDraw
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune_moondream as script
-from moondream2.checkpoints import Progress
+from moondream2 import cli
+from moondream2.data import read_lines
 from moondream2.features import FeatureStore
+from moondream2.optimizer import build_optimizer, build_scheduler
+from moondream2.pictures import KnownPictures, find_pictures
+from moondream2.rows import lay_out
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_moondream2"
 
 
+def pytest_configure(config):
+    """A model of 2 million parameters is slower on all cores than on one, and tests start several processes."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY)
+    return small_tokenizer()
 
 
 @pytest.fixture
@@ -64,58 +75,39 @@ def data(tmp_path):
     return tmp_path
 
 
-def dataset(path, tokenizer, room=2048 - 82):
-    """A tokenized VQADataset."""
-    result = script.VQADataset(path)
-    result.tokenize(tokenizer, room)
-    return result
+@cache
+def small_tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
 
 
-def collator(model, tokenizer, dataset, folder=None):
-    shape = (model.config.image_tokens, model.config.text_config.hidden_size)
-    store = FeatureStore(folder, model.vision_encoder, shape)
-    return script.Collator(model, tokenizer, store, dataset.pictures)
+def dataset(path, tokenizer=None, max_text_tokens=2048 - 82):
+    """The VQADataset of a file."""
+    lines, tokenizer = read_lines(path), tokenizer or small_tokenizer()
+    return script.VQADataset(path, lines, find_pictures(path, lines, KnownPictures(None)), tokenizer, max_text_tokens)
 
 
-def make_run(model, tokenizer, train, valid, folder=None, **constants):
-    """A Run on the CPU, as `prepare` makes it but for checkpoints; `folder` keeps features."""
+def layer_out(model, tokenizer, *datasets, folder=None):
+    """`lay_out` for examples of these datasets, as the script fills it in; `folder` keeps features."""
+    pictures = {key: picture for dataset in datasets for key, picture in dataset.pictures.items()}
+    tokens = {"bos": tokenizer.bos_token_id, "image_tokens": model.config.image_tokens}
+    return partial(lay_out, pictures=pictures, store=FeatureStore(folder, model), **tokens)
+
+
+def constants(**changes):
+    """The script's constants, as `main` hands them down."""
+    values = vars(cli.parse(script, []))
+    assert changes.keys() <= values.keys()
+    return SimpleNamespace(**{**values, **changes})
+
+
+def engine_of(model, optimizer=None, steps=100, **changes):
+    """The script's engine on the CPU, with its own optimizer or another."""
     AcceleratorState._reset_state(reset_partial_state=True)
     model.vision_encoder.requires_grad_(False)
-    values = {name.lower(): vars(script)[name] for name in vars(script)["__annotations__"] if name.isupper()}
-    values |= constants
-    constants = SimpleNamespace(**values)
-    accelerator = Accelerator(cpu=True)
-    step_size = constants.batch_size * constants.grad_accum_steps
-    sampler = script.StepSampler(train, step_size, constants.batch_size, constants.group_by_picture, constants.seed)
-    optimizer = script.build_optimizer(
-        model.text_model, constants.learning_rate, constants.weight_decay, constants.betas
-    )
-    scheduler = script.build_scheduler(
-        optimizer, constants.lr_schedule, constants.warmup_steps, sampler.steps * constants.epochs
-    )
-    collate = collator(model, tokenizer, train, folder)
-    collate.pictures = train.pictures | valid.pictures
-    text_model, optimizer = accelerator.prepare(model.text_model, optimizer)
-    return script.Run(
-        constants=constants,
-        accelerator=accelerator,
-        stop=SimpleNamespace(check=lambda: None),
-        output_dir=None,
-        train=train,
-        valid=valid,
-        data={},
-        model=model,
-        text_model=text_model,
-        tokenizer=tokenizer,
-        store=collate.store,
-        collate=collate,
-        sampler=sampler,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        checkpoints=SimpleNamespace(save=lambda *args: None),
-        progress=Progress({}, epoch=1),
-        room=2048 - 82,
-    )
+    c = constants(**changes)
+    optimizer = optimizer or build_optimizer(model.text_model, c.learning_rate, c.weight_decay, c.betas)
+    scheduler = build_scheduler(optimizer, c.lr_schedule, c.warmup_steps, steps)
+    return script.Engine(Accelerator(cpu=True), model.text_model, optimizer, scheduler)
 
 
 @pytest.fixture

@@ -20,7 +20,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CodeGenTokenizer
 
-from moondream2.modeling_moondream2 import Moondream, MoondreamConfig, lay_out_rows, preprocess, prompt_text, row_mask
+from moondream2.modeling_moondream2 import (
+    Moondream,
+    MoondreamConfig,
+    answer_text,
+    lay_out_rows,
+    preprocess,
+    prompt_text,
+    row_mask,
+)
 from tests import make_scenes as street
 
 FOLDER = Path(__file__).parent / "tiny_moondream2"
@@ -184,14 +192,15 @@ def learn_to_talk(model, tokenizer, pictures, steps, batch=12):
             row, label = [], [-100] * (1 + tokens)
             for (asking, *answering), value in zip(BLOCKS, pictures[i][1].values(), strict=True):
                 prompt = tokenizer(prompt_text(rng.choice(asking))).input_ids
-                answer = tokenizer(f" {rng.choice(answering)[value]}").input_ids + [end]
-                row.append(prompt + answer)
+                answer = tokenizer(answer_text(rng.choice(answering)[value])).input_ids + [end]
+                row.append((prompt, answer))
                 label += [-100] * len(prompt) + answer
             rows.append(row)
             labels.append(torch.tensor(label))
         layout = lay_out_rows(rows, end, tokens)
-        mask, labels = row_mask(layout.pop("segments")), nn.utils.rnn.pad_sequence(labels, True, -100)
-        return model(**layout, image_embeds=seen[chosen], attention_mask=mask, labels=labels).loss
+        inputs = {name: layout[name] for name in ("input_ids", "position_ids")}
+        mask, labels = row_mask(layout["document_ids"]), nn.utils.rnn.pad_sequence(labels, True, -100)
+        return model(**inputs, image_embeds=seen[chosen], attention_mask=mask, labels=labels).loss
 
     train(loss_of, list(model.text_model.parameters()), steps, "talking")
 

@@ -29,28 +29,28 @@ def sent():
 
 def measure():
     """In each process: the script's run, whose last epoch is timed and whose bytes are counted."""
-    train_epoch, save, result = script.train_epoch, script.save, {}
+    train_epoch, finish, result = script.train_epoch, script.finish, {}
 
-    def timed_epoch(run):
-        run.accelerator.wait_for_everyone()
+    def timed_epoch(engine, steps, encoder, progress, *arguments):
+        engine.accelerator.wait_for_everyone()
         before, started = sent(), time.perf_counter()
-        train_epoch(run)
+        train_epoch(engine, steps, encoder, progress, *arguments)
         seconds = time.perf_counter() - started
-        run.accelerator.wait_for_everyone()
-        result["bytes sent a step, all processes"] = round((sent() - before) / run.sampler.steps)
-        result["bytes of gradients"] = sum(p.numel() * p.element_size() for p in run.text_model.parameters())
-        ddp = run.text_model._get_ddp_logging_data()  # torch's own clocks, of a step in a hundred
+        engine.accelerator.wait_for_everyone()
+        result["bytes sent a step, all processes"] = round((sent() - before) / progress.step)
+        result["bytes of gradients"] = sum(p.numel() * p.element_size() for p in engine.text_model.parameters())
+        ddp = engine.text_model._get_ddp_logging_data()  # torch's own clocks, of a step in a hundred
         names = ("forward_compute", "backward_compute", "backward_comm", "backward_compute_comm_overlap")
         result["ms a step"] = {name: round(ddp[f"avg_{name}_time"] / 1e6, 1) for name in names}
-        result["ms a step"]["all"] = round(1000 * seconds / run.sampler.steps, 1)
+        result["ms a step"]["all"] = round(1000 * seconds / progress.step, 1)
 
-    def report(run):
-        save(run)
+    def report(*arguments):
+        finish(*arguments)
         print(json.dumps(result), file=sys.stderr)
 
     folder = Path(os.environ["NOTES"])
     os.environ["NOTES"] = str(folder / f"{os.environ['RANK']}.json")
-    script.train_epoch, script.save = timed_epoch, report
+    script.train_epoch, script.finish = timed_epoch, report
     launched.noting()
     script.cli.run(script.main)
 

@@ -1,6 +1,7 @@
 """The model against figures of the released model's own code: shapes, pixels, embeddings, logits, losses, gradients."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ TEXT = json.loads((GOLDEN / "text_facts.json").read_text())
 SIZES = json.loads((GOLDEN / "preprocess_sizes.json").read_text())["image WxH -> tensor [height, width]"]
 PICTURES = [(320, 240), (500, 100), (640, 480), (1280, 720), (600, 900), (1024, 1000)]
 BOS = 50256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores():
+    """For models of full size."""
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -180,6 +180,18 @@ def test_batch_answer_and_caption(model, tokenizer):
     assert model.caption(pictures[:1], tokenizer, length="short", max_new_tokens=16) == [short]
 
 
+def test_answers_are_no_longer_than_asked_for(model, tokenizer, monkeypatch):
+    """Each way to ask hands on how many tokens an answer may have."""
+    most, generate = [], model.generate_ids
+    monkeypatch.setattr(model, "generate_ids", lambda *arguments: (most.append(arguments[-1]), generate(*arguments))[1])
+    embeds = model.encode_image(picture())
+    model.answer_question(embeds, "Why?", tokenizer, max_new_tokens=1)
+    model.answer_questions(embeds, [["Why?"]], tokenizer, max_new_tokens=2)
+    model.batch_answer([picture()], ["Why?"], tokenizer, max_new_tokens=3)
+    model.caption([picture()], tokenizer, max_new_tokens=4)
+    assert most == [1, 2, 3, 4]
+
+
 def test_a_new_token_costs_one_tokens_work(model, tokenizer):
     seen = []
     model.text_model.transformer.h[0].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:2]))
@@ -189,13 +201,13 @@ def test_a_new_token_costs_one_tokens_work(model, tokenizer):
 
 
 def test_gradient_checkpointing_changes_no_gradient(model):
-    rows = lay_out_rows([[[5, 6, 7], [8, 9]]], bos=0, image_tokens=model.config.image_tokens)
-    labels = torch.where(rows["segments"] > 0, 7, -100)
+    rows = lay_out_rows([[([5, 6], [7]), ([8], [9])]], bos=0, image_tokens=model.config.image_tokens)
+    labels = torch.where(rows["document_ids"] > 0, 7, -100)
     inputs = {
         "input_ids": rows["input_ids"],
         "image_embeds": model.encode_image(picture()),
         "position_ids": rows["position_ids"],
-        "attention_mask": row_mask(rows["segments"]),
+        "attention_mask": row_mask(rows["document_ids"]),
         "labels": labels,
     }
     gradients = []
@@ -247,3 +259,77 @@ def test_a_transparent_palette_is_on_white():
     image.putpalette([255, 0, 0])
     image.info["transparency"] = 0
     assert upright_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision and memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_in_bfloat16_positions_are_told_apart(model):
+    """The layers of a bfloat16 model are given angles as exact as float32 is: positions 700 and 701 are different."""
+    given, config = [], model.config.text_config
+    layer = model.bfloat16().text_model.transformer.h[-1]
+    layer.register_forward_hook(lambda module, args, out: given.append(args[1:3]))
+    positions = torch.tensor([[0, 700, 701, 2047]])
+    model.text_model(input_ids=torch.tensor([[5, 6, 7, 8]]), position_ids=positions)
+    powers = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64) / config.rotary_dim
+    angles = positions[:, None, :, None] * config.rotary_theta**-powers
+    for got, expected in zip(given[0], (angles.cos(), angles.sin()), strict=True):
+        torch.testing.assert_close(got.double(), expected, atol=5e-4, rtol=0)
+
+
+def test_in_bfloat16_the_loss_is_that_of_its_logits_in_float32(model):
+    ids = torch.arange(5, 45)[None]
+    out = model.bfloat16()(input_ids=ids, labels=ids)
+    expected = torch.nn.functional.cross_entropy(out.logits[0, :-1].double(), ids[0, 1:])
+    assert out.loss.dtype == torch.float32 and out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def kept_for_the_backward_pass(module, *inputs):
+    """The bytes of each memory that a module keeps until then, without its parameters and inputs."""
+    mine = {each.untyped_storage().data_ptr() for each in (*module.parameters(), *inputs) if torch.is_tensor(each)}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = module(*inputs)
+        return out, [size for place, size in kept.items() if place not in mine]
+
+
+def test_an_mlp_keeps_what_goes_into_its_activation_and_not_what_comes_out(model):
+    mlp, x = model.text_model.transformer.h[0].mlp, torch.randn(1, 50, model.config.text_config.hidden_size)
+    _, kept = kept_for_the_backward_pass(mlp, x)
+    assert kept == [50 * model.config.text_config.intermediate_size * 4]
+
+
+def test_attention_does_not_keep_queries_keys_and_values_as_they_were(model):
+    """They came out of one layer: a view of the values would keep all three."""
+    config = model.config.text_config
+    x, cos, sin = torch.randn(1, 50, config.hidden_size), *torch.rand(2, 1, 1, 50, config.rotary_dim // 2)
+    _, kept = kept_for_the_backward_pass(model.text_model.transformer.h[0].mixer, x, cos, sin, None, None)
+    assert max(kept) == 50 * config.hidden_size * 4
+
+
+def test_only_answer_positions_leave_the_last_layers_attention(model):
+    seen, last = [], model.text_model.transformer.h[-1]
+    for part in (last.mixer.out_proj, last.mlp.fc1, model.text_model.lm_head.linear):
+        part.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
+    ids, positions = torch.arange(5, 45).view(2, 20), torch.tensor([3, 4, 30])
+    logits = model(input_ids=ids, answer_positions=positions).logits
+    assert seen == [(3, model.config.text_config.hidden_size)] * 3
+    torch.testing.assert_close(logits, model(input_ids=ids).logits.flatten(0, 1)[positions], atol=1e-5, rtol=1e-5)
+
+
+def test_features_of_tiles_lie_as_the_tiles_do_in_the_picture(model):
+    encoder, side = model.vision_encoder, int(model.config.image_tokens**0.5)
+    for rows, columns in ((2, 2), (1, 2), (2, 1)):
+        number = torch.arange(1.0, 1 + rows * columns).view(rows, columns)
+        pixels = torch.kron(number, torch.ones(3, encoder.image_size, encoder.image_size))
+        features = encoder._tiles(pixels).mean((1, 2, 3))[:, None, None].expand(-1, side**2, 5)
+        laid = encoder._lay_side_by_side(features, pixels, None).view(side, side, 5)[..., 0]
+        assert laid[0, 0] == number[0, 0] and laid[0, -1] == number[0, -1]
+        assert laid[-1, 0] == number[-1, 0] and laid[-1, -1] == number[-1, -1]

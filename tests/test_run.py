@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
-from moondream2 import loading
+from moondream2 import ask, launch
 from moondream2.cli import InputError
-from moondream2.loading import load_model, load_tokenizer
+from moondream2.evaluation import accuracy_of, evaluate
+from moondream2.rows import whole_rows
 from moondream2.scoring import baseline_accuracy, is_correct
-from tests.conftest import ROOT, TINY, make_run, run_python
+from tests.conftest import ROOT, TINY, dataset, layer_out, run_python, start_script, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_what_it_prints(sample):
         start += f"Validation accuracy: {record['valid_accuracy']:.1%} (before training 0.0%, baseline 31.2%), "
         assert any(line.startswith(start) for line in lines)
     assert any(line.startswith("Best epoch: ") for line in lines)
-    assert "baseline accuracy" in out and "Encoding 88 pictures" in out
+    assert "baseline:  31.2% accuracy" in out and "Encoding 88 pictures" in out
 
 
 def test_the_log_has_an_object_an_epoch(sample):
@@ -54,7 +55,15 @@ def test_the_log_has_an_object_an_epoch(sample):
     assert [record["epoch"] for record in records] == [0, 1, 2, 3, 4, 5]
     assert records[0]["train_loss"] is None
     for record in records[1:]:
-        assert record.keys() == {"epoch", "train_loss", "valid_loss", "valid_accuracy", "learning_rate", "seconds"}
+        assert record.keys() == {
+            "epoch",
+            "train_loss",
+            "valid_loss",
+            "valid_accuracy",
+            "learning_rate",
+            "left_out",
+            "seconds",
+        }
         assert record["learning_rate"] == script.LEARNING_RATE and record["seconds"] > 0
 
 
@@ -64,9 +73,7 @@ def test_it_learns_to_see_and_not_only_words(sample, tokenizer):
     Five shuffle seeds ended between 66.7% and 71.9%, from 0.0%, the baseline being 31.2%; permuted pictures between
     13.5% and 34.4% over 20 permutations, 22.9% on average.
     """
-    train, valid = script.VQADataset(ROOT / "train.jsonl"), script.VQADataset(ROOT / "valid.jsonl")
-    for data in (train, valid):
-        data.tokenize(tokenizer, 1966)
+    train, valid = dataset(ROOT / "train.jsonl", tokenizer), dataset(ROOT / "valid.jsonl", tokenizer)
     baseline = baseline_accuracy(train.examples, valid.examples)
     records = history(sample[0])
     accuracy = records[-1]["valid_accuracy"]
@@ -74,19 +81,18 @@ def test_it_learns_to_see_and_not_only_words(sample, tokenizer):
     assert accuracy > records[0]["valid_accuracy"] + 0.20
 
     model = AutoModelForCausalLM.from_pretrained(sample[0], dtype=torch.bfloat16).eval()
-    run = make_run(model, tokenizer, train, valid, sample[0].parent / "features", batch_size=8)
-    load = run.store.load
-    keys, accuracies, draw = list(valid.pictures), [], random.Random(0)
-    for _ in range(6):
-        other = dict(zip(keys, draw.sample(keys, len(keys)), strict=True))
-        run.collate.pictures = {key: valid.pictures[other[key]] for key in keys}
-        run.collate.store.load = lambda key, other=other: load(other[key])
-        _, answers = script.evaluate(run)
-        accuracies.append(sum(is_correct(answers[each.place], each.answer) for each in valid.examples) / len(valid))
-    del run.collate.store.load
-    assert sum(accuracies) / len(accuracies) < baseline + 0.05
-    _, answers = script.evaluate(run)
-    assert script.accuracy(valid, answers) == pytest.approx(accuracy, abs=0.02)
+    rows = whole_rows(valid.examples, 82, 32, 1966)
+    lay = layer_out(model, tokenizer, valid, folder=sample[0].parent / "features")
+    asked = {example.source for example in valid}
+
+    def accuracy_with(pictures):
+        _, answers = evaluate(model, tokenizer, (lay(batch, pictures=pictures) for batch in rows), asked)
+        return accuracy_of(valid, answers)
+
+    keys, draw = list(valid.pictures), random.Random(0)
+    others = [dict(zip(keys, draw.sample(list(valid.pictures.values()), len(keys)), strict=True)) for _ in range(6)]
+    assert sum(map(accuracy_with, others)) / len(others) < baseline + 0.05
+    assert accuracy_with(valid.pictures) == pytest.approx(accuracy, abs=0.02)
 
 
 def test_predictions_are_the_kept_epochs(sample):
@@ -153,8 +159,46 @@ def test_asking_from_the_shell(sample, tmp_path):
     assert len((tmp_path / "scored" / "predictions.jsonl").read_text().splitlines()) == 96
     assert "<html" in (tmp_path / "scored" / "report.html").read_text()
 
+    there = {**line, "image_path": str(ROOT / line["image_path"])}
+    lines = write_lines(tmp_path / "some.jsonl", [{**there, "image_path": "gone.jpg"}, there])
+    done = ask(sample[0], lines, "--output_dir", tmp_path / "some")
+    assert "1 lines skipped, 1 left" in done.stdout and "some.jsonl:1: picture not found: gone.jpg" in done.stdout
+    assert "1 questions: Avg Loss: " in done.stdout
+
     done = ask(sample[0], "images/valid_001.jpg")
     assert done.returncode == 1 and done.stderr.startswith("error: give a picture and at least one question")
+
+
+def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(data, tmp_path, monkeypatch):
+    model, tokenizer = ask.load(TINY)
+    taken, rows_of = [], ask.whole_rows
+
+    def whole_rows(examples, prefix, pictures, most):
+        taken.append(pictures)
+        return rows_of(examples, prefix, pictures, most)
+
+    monkeypatch.setattr(ask, "whole_rows", whole_rows)
+    for batch_size in (1, 3):
+        ask.score(model, tokenizer, data / "valid.jsonl", batch_size, tmp_path, "title")
+    assert taken == [4, 12]
+
+
+def test_from_the_hub_its_files_are_loaded_and_none_of_its_code(data, tmp_path):
+    """The default MODEL_ID and REVISION, found in a cache laid out as the hub's; its code would end the run."""
+    snapshot = tmp_path / "hub" / "models--vikhyatk--moondream2" / "snapshots" / script.REVISION
+    shutil.copytree(TINY, snapshot)
+    config = json.loads((TINY / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "moondream.Config", "AutoModelForCausalLM": "moondream.Moondream"}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    (snapshot / "moondream.py").write_text("raise SystemExit('code of the hub runs')")
+    flags = {"train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl", "features_dir": "none"}
+    flags |= {"output_dir": tmp_path / "out", "epochs": 1, "batch_size": 8}
+    run = start_script(flags, HF_HOME=str(tmp_path))
+    out, error = run.communicate()
+    assert run.returncode == 0, error
+    assert "Saved to" in out
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["auto_map"]["AutoModelForCausalLM"] == "modeling_moondream2.Moondream"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,8 +239,8 @@ def test_another_model_is_named(tmp_path, change, found):
     shutil.copytree(TINY, tmp_path / "model")
     config = json.loads((TINY / "config.json").read_text()) | change
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=f"not Moondream2 of 2024-08-26.*{found}.*REVISION {script.REVISION}"):
-        load_tokenizer(str(tmp_path / "model"), script.REVISION)
+    with pytest.raises(InputError, match=f"not Moondream2 of 2024-08-26.*{found}.*MODEL_ID and REVISION"):
+        script.load_tokenizer(str(tmp_path / "model"), script.REVISION)
 
 
 def test_weights_of_another_shape_or_name_are_named(tmp_path):
@@ -207,25 +251,21 @@ def test_weights_of_another_shape_or_name_are_named(tmp_path):
     renamed = {name.replace("projection", "projector"): tensor for name, tensor in weights.items()}
     save_file(renamed, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="not Moondream2 of 2024-08-26.*lack vision_encoder.projection"):
-        load_model(str(tmp_path / "model"), None)
+        script.load_model(str(tmp_path / "model"), "main")
     weights["text_model.lm_head.linear.weight"] = weights["text_model.lm_head.linear.weight"][:, :-1].contiguous()
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="not Moondream2 of 2024-08-26"):
-        load_model(str(tmp_path / "model"), None)
-
-
-def test_the_release_that_is_named_is_the_one_that_is_trained():
-    assert (loading.HUB_ID, loading.HUB_REVISION) == (script.MODEL_ID, script.REVISION)
+        script.load_model(str(tmp_path / "model"), "main")
 
 
 def test_damaged_weights_are_one_line(tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"half a file")
     with pytest.raises(InputError, match="cannot load .*model: .*header"):
-        load_model(str(tmp_path / "model"), None)
+        script.load_model(str(tmp_path / "model"), "main")
 
 
 def test_a_tracker_that_is_not_installed_is_named(run_main, monkeypatch, tmp_path):
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="TRACKER 'wandb' needs its package: pip install wandb"):
         run_main(tracker="wandb", output_dir=tmp_path / "out")

@@ -2,7 +2,7 @@
 
 import copy
 import math
-import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,20 +10,18 @@ import torch
 from torch.nn import functional as F
 
 import finetune_moondream as script
+from moondream2.checkpoints import Progress
 from moondream2.cli import InputError
+from moondream2.features import image_embeds
 from moondream2.modeling_moondream2 import prompt_text
 from moondream2.pictures import pixels_of
-from tests.conftest import collator, dataset, make_run
+from moondream2.rows import StepSampler, rows_of, text_inputs
+from tests.conftest import constants, dataset, engine_of, layer_out
 
 
 @pytest.fixture
 def train(data, tokenizer):
     return dataset(data / "train.jsonl", tokenizer)
-
-
-@pytest.fixture
-def valid(data, tokenizer):
-    return dataset(data / "valid.jsonl", tokenizer)
 
 
 def plain_losses(model, tokenizer, examples, pictures):
@@ -33,7 +31,7 @@ def plain_losses(model, tokenizer, examples, pictures):
         prompt = tokenizer(prompt_text(example.question), add_special_tokens=False).input_ids
         answer = [*tokenizer(f" {example.answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
-            pixels = pixels_of(pictures[example.picture], model.vision_encoder)
+            pixels = pixels_of(pictures[example.picture], model.vision_encoder.preprocess)
             image = model.vision_encoder([pixels])
         ids = model.get_input_embeddings()(torch.tensor([[tokenizer.bos_token_id, *prompt, *answer]]))
         embeds = torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1)
@@ -43,38 +41,52 @@ def plain_losses(model, tokenizer, examples, pictures):
     return losses
 
 
-def test_labels_are_the_answers_and_nothing_else(tiny, tokenizer, train):
-    batch = collator(tiny, tokenizer, train)(list(train.examples))
-    assert len(batch["examples"]) == len(train.pictures) < len(train)
-    tokens = tiny.config.image_tokens
-    for r, row in enumerate(batch["examples"]):
-        labels, segments = batch["labels"][r], batch["segments"][r]
-        ids = torch.cat([batch["input_ids"][r, :1], torch.full((tokens,), -1), batch["input_ids"][r, 1:]])
-        assert (labels[segments <= 0] == -100).all()
+def test_targets_are_the_answers_and_nothing_else(tiny, tokenizer, train):
+    """At each answer position the next token of its row is the target; everything else has none."""
+    rows = rows_of(train.examples, 10_000)
+    batch = script.collate(rows, layer_out(tiny, tokenizer, train))
+    assert batch["rows"] == rows and len(rows) == len(train.pictures) < len(train)
+    image, tokens = tiny.config.image_tokens, batch["document_ids"].shape[1]
+    seen = []
+    for r, row in enumerate(rows):
+        ids = torch.cat([batch["input_ids"][r, :1], torch.full((image,), -1), batch["input_ids"][r, 1:]])
+        document_ids = batch["document_ids"][r]
+        targets = torch.full_like(ids, -100)
+        here = batch["answer_positions"] // tokens == r
+        positions = batch["answer_positions"][here] % tokens
+        targets[positions + 1] = batch["targets"][here]
+        seen += positions.tolist()
+        assert (targets[document_ids <= 0] == -100).all()
         for k, example in enumerate(row, start=1):
-            mine, answer = ids[segments == k].tolist(), labels[segments == k]
-            prompt = tokenizer(prompt_text(example.question), add_special_tokens=False).input_ids
-            expected = tokenizer(f" {example.answer}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-            assert mine == prompt + expected
-            assert answer.tolist() == [-100] * len(prompt) + expected
-            positions = batch["position_ids"][r][segments == k].tolist()
-            assert positions == list(range(1 + tokens, 1 + tokens + len(mine)))
+            prompt = tokenizer(f"\n\nQuestion: {example.question}\n\nAnswer:", add_special_tokens=False).input_ids
+            answer = tokenizer(f" {example.answer}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            assert ids[document_ids == k].tolist() == prompt + answer
+            assert targets[document_ids == k].tolist() == [-100] * len(prompt) + answer
+            places = batch["position_ids"][r][document_ids == k].tolist()
+            assert places == list(range(1 + image, 1 + image + len(prompt + answer)))
+    assert len(seen) == len(batch["targets"]) == sum(len(example.answer_ids) for example in train)
 
 
 def test_what_is_trained_on_is_what_answer_question_continues(tiny, tokenizer, train, monkeypatch):
     example = train[3]
-    batch = collator(tiny, tokenizer, train)([example])
+    batch = script.collate([[example]], layer_out(tiny, tokenizer, train))
     calls = []
     forward = tiny.text_model.forward
     monkeypatch.setattr(tiny.text_model, "forward", lambda **inputs: calls.append(inputs) or forward(**inputs))
-    embeds = script.image_embeds(batch, tiny.vision_encoder, collator(tiny, tokenizer, train).store, "cpu")
+    embeds = image_embeds(batch["pictures"], tiny.vision_encoder, "cpu")
     tiny.answer_question(embeds, example.question, tokenizer, max_new_tokens=1)
     asked = calls[0]
     prompt = len(example.prompt_ids)
     assert torch.equal(asked["input_ids"], batch["input_ids"][:, : 1 + prompt])
     assert torch.equal(asked["position_ids"], batch["position_ids"][:, : 1 + tiny.config.image_tokens + prompt])
     assert torch.equal(asked["image_embeds"], embeds)
-    assert batch["labels"][0, -len(example.answer_ids) :].tolist() == example.answer_ids
+    assert batch["targets"].tolist() == example.answer_ids
+
+
+def summed_loss(model, batch):
+    """The script's loss of a micro-batch, not divided."""
+    embeds = image_embeds(batch["pictures"], model.vision_encoder, "cpu")
+    return script.answer_loss(model.text_model, batch, embeds, 1, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -88,10 +100,7 @@ def test_shared_rows_have_the_loss_and_gradient_of_separate_ones(tiny, tokenizer
     plain.backward()
     expected = {name: p.grad.clone() for name, p in tiny.text_model.named_parameters()}
     tiny.zero_grad()
-    collate = collator(tiny, tokenizer, train)
-    batch = collate(examples)
-    embeds = script.image_embeds(batch, tiny.vision_encoder, collate.store, "cpu")
-    loss = script.forward(tiny.text_model, batch, embeds).loss
+    loss = summed_loss(tiny, script.collate(rows_of(examples, 10_000), layer_out(tiny, tokenizer, train)))
     loss.backward()
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     for name, parameter in tiny.text_model.named_parameters():
@@ -103,21 +112,16 @@ def test_in_bfloat16_shared_rows_differ_no_more_than_plain_runs_do(tiny, tokeniz
     """Two plain runs, one row at a time and all rows padded to a batch, differ by rounding: that is the measure."""
     tiny.bfloat16()
     examples = [train[i] for i in (0, 1, 2, 3, 4, 5, 7, 10)]
-    collate = collator(tiny, tokenizer, train)
-
-    def gradient(batches):
-        tiny.zero_grad()
-        for batch in batches:
-            embeds = script.image_embeds(batch, tiny.vision_encoder, collate.store, "cpu")
-            script.forward(tiny.text_model, batch, embeds).loss.backward()
-        return torch.cat([p.grad.double().flatten() for p in tiny.text_model.parameters()])
-
+    rows = rows_of(examples, 10_000)
+    assert len(rows) < len(examples)
     sum(plain_losses(tiny, tokenizer, examples, train.pictures)).backward()
     plain = torch.cat([p.grad.double().flatten() for p in tiny.text_model.parameters()])
-    assert len(collate(examples)["examples"]) < len(examples)
     padded = plain_padded_gradient(tiny, tokenizer, examples, train.pictures)
+    tiny.zero_grad()
+    summed_loss(tiny, script.collate(rows, layer_out(tiny, tokenizer, train))).backward()
+    gradient = torch.cat([p.grad.double().flatten() for p in tiny.text_model.parameters()])
     tolerance = (padded - plain).norm() / plain.norm()
-    shared = (gradient([collate(examples)]) - plain).norm() / plain.norm()
+    shared = (gradient - plain).norm() / plain.norm()
     print(f"padded {tolerance:.2e}, shared {shared:.2e}")
     assert 0 < shared < 1.2 * tolerance
 
@@ -126,7 +130,9 @@ def plain_padded_gradient(model, tokenizer, examples, pictures):
     """The gradient of the summed loss, all examples padded to one batch, whole logits."""
     model.zero_grad()
     with torch.no_grad():
-        images = model.vision_encoder([pixels_of(pictures[each.picture], model.vision_encoder) for each in examples])
+        images = model.vision_encoder(
+            [pixels_of(pictures[each.picture], model.vision_encoder.preprocess) for each in examples]
+        )
     texts = [torch.tensor([tokenizer.bos_token_id, *each.prompt_ids, *each.answer_ids]) for each in examples]
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=tokenizer.bos_token_id)
     embeds = model.get_input_embeddings()(ids)
@@ -146,56 +152,98 @@ def plain_padded_gradient(model, tokenizer, examples, pictures):
 def test_only_answer_positions_go_through_the_head(tiny, tokenizer, train):
     seen = []
     tiny.text_model.lm_head.linear.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    collate = collator(tiny, tokenizer, train)
-    batch = collate([train[0], train[1], train[2]])
-    script.forward(tiny.text_model, batch, script.image_embeds(batch, tiny.vision_encoder, collate.store, "cpu"))
-    tokens = sum(len(train[i].answer_ids) for i in range(3))
-    assert seen == [(tokens, tiny.config.text_config.vocab_size)]
+    summed_loss(tiny, script.collate(rows_of(train.examples[:3], 10_000), layer_out(tiny, tokenizer, train)))
+    assert seen == [(sum(len(train[i].answer_ids) for i in range(3)), tiny.config.text_config.vocab_size)]
+
+
+def train_for(engine, model, batches, progress=None, **changes):
+    """The steps of an epoch, each a list of micro-batches, through the script's own loop; where it got to."""
+    progress = progress or Progress({}, epoch=1)
+    checkpoints = SimpleNamespace(is_due=lambda minutes: False, save=lambda *args: None)
+    stop = SimpleNamespace(check=lambda due=False: due)
+    script.train_epoch(engine, iter(batches), model.vision_encoder, progress, checkpoints, stop, constants(**changes))
+    return progress
+
+
+def collated(model, tokenizer, train, step_size, batch_size, group=True, epoch=1, folder=None):
+    """An epoch's steps, as the script makes them."""
+    prefix = 1 + model.config.image_tokens
+    sampler, load = (
+        StepSampler(train, prefix, step_size, batch_size, group, 0),
+        layer_out(model, tokenizer, train, folder=folder),
+    )
+    return [[script.collate(rows, load) for rows in step] for step in sampler.epoch(epoch)]
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_a_step_is_the_same_however_it_is_cut(tiny, tokenizer, train, valid, group):
-    def trained(batch_size, accum):
+def test_a_step_is_the_same_however_it_is_cut(tiny, tokenizer, train, group):
+    def trained(batch_size):
         model = copy.deepcopy(tiny)
-        run = make_run(
-            model, tokenizer, train, valid, batch_size=batch_size, grad_accum_steps=accum, group_by_picture=group
+        optimizer = torch.optim.SGD(model.text_model.parameters(), lr=0.1)  # AdamW makes steps of rounding noise
+        progress = train_for(
+            engine_of(model, optimizer), model, collated(model, tokenizer, train, 8, batch_size, group)
         )
-        run.optimizer = torch.optim.SGD(model.text_model.parameters(), lr=0.1)  # AdamW makes steps of rounding noise
-        script.train_epoch(run)
-        assert run.progress.step == 3  # 19 examples: 8, 8 and 3
-        return run.progress.loss_sum / run.progress.tokens, model.state_dict()
+        assert progress.step == 3  # 19 examples: 8, 8 and 3
+        return progress.loss_sum / progress.tokens, model.state_dict()
 
-    loss, weights = trained(8, 1)
+    loss, weights = trained(8)
     start = tiny.state_dict()
-    for cut in ((4, 2), (1, 8)):
-        other_loss, other = trained(*cut)
+    for batch_size in (4, 1):
+        other_loss, other = trained(batch_size)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         for name, tensor in weights.items():
             assert (other[name] - tensor).norm() <= 1e-4 * (tensor - start[name]).norm() + 1e-6, name
 
 
-def test_a_step_is_adamw_on_the_mean_over_its_answer_tokens(tiny, tokenizer, train, valid):
-    run = make_run(copy.deepcopy(tiny), tokenizer, train, valid, batch_size=4, grad_accum_steps=2, max_grad_norm=0.5)
-    batches = [run.collate([train[i] for i in numbers]) for numbers in ([0, 1, 2, 3], [8, 9])]
+def test_a_step_is_adamw_on_the_mean_over_its_answer_tokens(tiny, tokenizer, train, monkeypatch):
+    model, load = copy.deepcopy(tiny), layer_out(tiny, tokenizer, train)
+    engine = engine_of(model)
+    numbers = ([0, 1, 2, 3], [8, 9])
+    batches = [script.collate(rows_of([train[i] for i in each], 10_000), load) for each in numbers]
     gradients = {}
-    run.optimizer.step = lambda: gradients.update({n: p.grad.clone() for n, p in run.text_model.named_parameters()})
-    loss, norm, tokens = script.train_step(run, batches)
+    gradient = lambda: gradients.update({n: p.grad.clone() for n, p in model.text_model.named_parameters()})  # noqa: E731
+    monkeypatch.setattr(engine.optimizer, "step", gradient)
+    step = script.train_step(engine, batches, model.vision_encoder, max_grad_norm=0.5)
 
-    examples = [train[i] for i in (0, 1, 2, 3, 8, 9)]
+    examples = [train[i] for each in numbers for i in each]
     expected = sum(plain_losses(tiny, tokenizer, examples, train.pictures)) / sum(len(e.answer_ids) for e in examples)
     expected.backward()
-    assert tokens == sum(len(e.answer_ids) for e in examples)
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert step.tokens == sum(len(e.answer_ids) for e in examples)
+    assert step.loss == pytest.approx(expected.item(), rel=1e-5)
     total = math.sqrt(sum(p.grad.square().sum().item() for p in tiny.text_model.parameters()))
-    assert norm == pytest.approx(total, rel=1e-4) and norm > 0.5
+    assert step.grad_norm == pytest.approx(total, rel=1e-4) and step.grad_norm > 0.5
     for name, parameter in tiny.text_model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad * 0.5 / total, rtol=1e-3, atol=1e-7)
 
 
-def test_a_micro_batch_makes_no_one_wait_for_the_device(tiny, tokenizer, train, valid, monkeypatch):
+@pytest.mark.parametrize("shapes", [[(300, 40), (70,), (9, 9)], [(4096, 4096), (4096,)]], ids=["small", "large"])
+def test_the_gradients_length_is_exact_in_bfloat16(shapes):
+    """12.7285 and not the nearest bfloat16, 12.75, nor off by what a long sum in float32 loses: against float64."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in shapes]
+    for p in parameters:
+        p.grad = torch.randn(p.shape).bfloat16()
+    exact = math.sqrt(sum(p.grad.double().square().sum().item() for p in parameters))
+    norm = script.gradient_norm(parameters)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(exact, rel=5e-5)
+    assert torch.tensor(exact).bfloat16().item() != pytest.approx(exact, rel=5e-5)
+    if len(shapes) == 2:
+        whole = torch.linalg.vector_norm(parameters[0].grad, dtype=torch.float32).item()
+        assert whole != pytest.approx(exact, rel=5e-5), "the parts show nothing"
+
+
+def test_a_learning_rate_is_logged_with_the_step_that_it_made(tiny, tokenizer, train):
+    engine = engine_of(tiny, lr_schedule="linear", warmup_steps=2, learning_rate=1e-3, steps=5)
+    batches = collated(tiny, tokenizer, train, 4, 4)
+    rates = [script.train_step(engine, step, tiny.vision_encoder, 1.0).learning_rate for step in batches]
+    assert rates == pytest.approx([5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_a_micro_batch_makes_no_one_wait_for_the_device(tiny, tokenizer, train, monkeypatch):
     """What brings numbers to the host is called as often in a step of four micro-batches as in one of one."""
-    run, calls = make_run(copy.deepcopy(tiny), tokenizer, train, valid, batch_size=2), []
-    batches = [run.collate([train[i], train[i + 1]]) for i in (0, 2, 4, 6)]
+    model, calls = copy.deepcopy(tiny), []
+    engine, load = engine_of(model), layer_out(tiny, tokenizer, train)
+    batches = [script.collate(rows_of([train[i], train[i + 1]], 10_000), load) for i in (0, 2, 4, 6)]
 
     def counting(name, original):
         return lambda *args, **more: (calls.append(name), original(*args, **more))[1]
@@ -205,96 +253,39 @@ def test_a_micro_batch_makes_no_one_wait_for_the_device(tiny, tokenizer, train, 
     counts = []
     for micro_batches in (batches[:1], batches):
         calls.clear()
-        script.train_step(run, micro_batches)
+        script.train_step(engine, micro_batches, model.vision_encoder, 1.0)
         counts.append(list(calls))
     assert counts[0] == counts[1] and "tolist" in counts[0]
 
 
-def test_a_micro_batch_that_sharing_left_empty_costs_nothing(tiny, tokenizer, train, valid):
-    run = make_run(copy.deepcopy(tiny), tokenizer, train, valid, batch_size=1, grad_accum_steps=4)
-    calls = []
-    run.model.text_model.register_forward_pre_hook(lambda *args: calls.append(1))
-    four = [i for i, example in enumerate(train) if example.picture == train[1].picture]
-    batches = [run.collate([train[i] for i in numbers]) for numbers in ([], [], four[:2], four[2:])]
-    loss, _, tokens = script.train_step(run, batches)
-    assert len(calls) == 2 and tokens == sum(len(train[i].answer_ids) for i in four)
-    expected = sum(plain_losses(tiny, tokenizer, [train[i] for i in four], train.pictures)) / tokens
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+def test_a_micro_batch_that_sharing_left_empty_costs_nothing(tiny, tokenizer, train):
+    model, calls = copy.deepcopy(tiny), []
+    engine, load = engine_of(model), layer_out(tiny, tokenizer, train)
+    model.text_model.register_forward_pre_hook(lambda *args: calls.append(1))
+    four = [example for example in train if example.picture == train[1].picture]
+    batches = [script.collate(rows, load) for rows in ([], [], [four[:2]], [four[2:]])]
+    step = script.train_step(engine, batches, model.vision_encoder, 1.0)
+    assert len(calls) == 2 and step.tokens == sum(len(example.answer_ids) for example in four)
+    expected = sum(plain_losses(tiny, tokenizer, four, train.pictures)) / step.tokens
+    assert step.loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_validation_holds_the_keys_and_values_of_one_batch(tiny, tokenizer, train, valid):
-    run = make_run(tiny, tokenizer, train, valid, batch_size=1)
-    caches, alive = [], []
-
-    def before(module, args, inputs):
-        alive.append(sum(cache() is not None for cache in caches))
-
-    def after(module, args, inputs, out):
-        caches.append(weakref.ref(out.past_key_values))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "whole_rows", lambda dataset, *args: [[i] for i in range(len(dataset))])
-        patch.setattr(tiny, "decode", lambda token, *args: [[[token.item()]]])
-        tiny.text_model.register_forward_pre_hook(before, with_kwargs=True)
-        tiny.text_model.register_forward_hook(after, with_kwargs=True)
-        script.evaluate(run)
-    assert alive == [0] * len(valid)
+def test_a_step_without_tokens_updates_nothing(tiny, tokenizer, train):
+    """All its pictures have gone: in step with other processes, but no AdamW step and no move of the schedule."""
+    model = copy.deepcopy(tiny)
+    engine = engine_of(model, warmup_steps=10)
+    step = script.train_step(engine, [script.collate([], layer_out(tiny, tokenizer, train))], model.vision_encoder, 1.0)
+    assert (step.loss, step.tokens, step.is_applied) == (0.0, 0, False)
+    assert engine.scheduler.last_epoch == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tiny.state_dict()[name]), name
 
 
-def test_validation_loss_is_the_mean_over_answer_tokens_whatever_the_batch(tiny, tokenizer, train, valid):
-    with torch.no_grad():
-        total = sum(plain_losses(tiny, tokenizer, valid.examples, valid.pictures)).item()
-    expected = total / sum(len(example.answer_ids) for example in valid.examples)
-    state = torch.get_rng_state()
-    for batch_size in (1, 2, 50):
-        run = make_run(tiny, tokenizer, train, valid, batch_size=batch_size)
-        assert script.evaluate(run)[0] == pytest.approx(expected, rel=1e-5)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_answers_are_those_of_answer_question(tiny, tokenizer, train, valid):
-    run = make_run(tiny, tokenizer, train, valid, batch_size=1)
-    expected = {}
-    for example in valid.examples:
-        embeds = tiny.encode_image([pixels_of(valid.pictures[example.picture], tiny.vision_encoder)])
-        expected[example.place] = tiny.answer_question(
-            embeds, example.question, tokenizer, max_new_tokens=script.MAX_NEW_TOKENS
-        )
-    assert script.evaluate(run)[1] == expected
-    run.constants.valid_answers = 3
-    _, answers = script.evaluate(run)
-    assert answers.items() <= expected.items() and len(answers) == 3
-    run.constants.valid_answers = 0
-    assert script.evaluate(run)[1] == {} and script.accuracy(valid, {}) is None
-
-
-def test_validation_reads_a_row_once_for_its_loss_and_its_answers(tiny, tokenizer, train, valid):
-    run = make_run(tiny, tokenizer, train, valid, batch_size=1)
-    read = []
-    tiny.text_model.transformer.h[0].register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
-    script.evaluate(run)
-    rows = [tokens for tokens in read if tokens > tiny.config.image_tokens]
-    assert len(rows) == 1 and len(read) > 1  # the three pictures lie in one batch; then token by token
-
-
-@pytest.mark.parametrize(("processes", "times"), [(1, 7), (2, 1)])
-def test_validation_asks_other_processes_to_stop_now_and_then(tiny, tokenizer, train, valid, processes, times):
-    run, asked = make_run(tiny, tokenizer, train, valid, batch_size=1, valid_answers=0), []
-    run.stop.check = lambda: asked.append(1)
-    run.accelerator = SimpleNamespace(
-        num_processes=processes, process_index=0, is_main_process=True, device=run.accelerator.device
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "whole_rows", lambda dataset, *args: [[i] for i in range(len(dataset))])
-        script.evaluate(run)
-    assert len(asked) == times
-
-
-def test_what_the_loss_does_not_reach_comes_out_bit_for_bit(tiny, tokenizer, train, valid):
+def test_what_the_loss_does_not_reach_comes_out_bit_for_bit(tiny, tokenizer, train):
     model = tiny.bfloat16()
     before = copy.deepcopy(model.state_dict())
-    run = make_run(model, tokenizer, train, valid, batch_size=4, learning_rate=1e-2, weight_decay=0.5)
-    script.train_epoch(run)
+    engine = engine_of(model, learning_rate=1e-2, weight_decay=0.5)
+    train_for(engine, model, collated(model, tokenizer, train, 4, 4))
     for name, tensor in model.state_dict().items():
         if name.startswith("text_model."):
             assert not torch.equal(tensor, before[name]), name
@@ -302,11 +293,11 @@ def test_what_the_loss_does_not_reach_comes_out_bit_for_bit(tiny, tokenizer, tra
             assert torch.equal(tensor, before[name]), name
 
 
-def test_a_step_that_is_not_finite_is_not_applied(tiny, tokenizer, train, valid, capsys):
-    run = make_run(tiny, tokenizer, train, valid, batch_size=4)
-    before = copy.deepcopy(tiny.state_dict())
+def test_a_step_that_is_not_finite_is_not_applied(tiny, tokenizer, train, capsys):
+    engine, before = engine_of(tiny), copy.deepcopy(tiny.state_dict())
+    steps = collated(tiny, tokenizer, train, 4, 4)  # 5 steps: the second, fourth and fifth fail
     poison = iter([False, True, False, True, True, True])
-    embed = script.image_embeds
+    embed = image_embeds
 
     def poisoned(*args):
         embeds = embed(*args)
@@ -314,35 +305,83 @@ def test_a_step_that_is_not_finite_is_not_applied(tiny, tokenizer, train, valid,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "image_embeds", poisoned)
-        script.train_epoch(run)  # 5 steps: the second, fourth and fifth fail
+        progress = train_for(engine, tiny, steps)
         out = capsys.readouterr().err
         assert out.count("Step not applied: loss nan") == 3
         assert "train.jsonl:" in out
         assert all(tensor.isfinite().all() for tensor in tiny.state_dict().values())
         assert any(not torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
-        assert math.isfinite(run.progress.loss_sum)
+        assert math.isfinite(progress.loss_sum)
         patch.setattr(script, "image_embeds", lambda *args: embed(*args) * math.nan)
-        run.progress.step = 0
-        with pytest.raises(InputError, match="3 steps in a row without a finite loss"):
-            script.train_epoch(run)
+        with pytest.raises(
+            InputError, match="3 steps in a row without a finite loss.*--overwrite true and a lower LEA"
+        ):
+            train_for(engine, tiny, steps)
 
 
-def losses_in(dtype, tiny, tokenizer, train, valid, folder, optimizer=None):
+def losses_in(dtype, tiny, tokenizer, train, folder, optimizer=None):
     """The mean training loss of the last of twelve epochs at a rate whose steps bfloat16 rounds away."""
     model = copy.deepcopy(tiny).to(dtype)
-    run = make_run(model, tokenizer, train, valid, folder, batch_size=4, learning_rate=3e-5, epochs=12)
     if optimizer:
-        run.optimizer = optimizer(model.text_model.parameters(), lr=3e-5, betas=run.constants.betas)
-    for run.progress.epoch in range(1, 13):
-        run.progress.step, run.progress.loss_sum, run.progress.tokens = 0, 0.0, 0
-        script.train_epoch(run)
-    return run.progress.loss_sum / run.progress.tokens
+        optimizer = optimizer(model.text_model.parameters(), lr=3e-5, betas=(0.9, 0.999))
+    engine = engine_of(model, optimizer, learning_rate=3e-5)
+    for epoch in range(1, 13):
+        progress = train_for(engine, model, collated(model, tokenizer, train, 4, 4, epoch=epoch, folder=folder))
+    return progress.loss_sum / progress.tokens
 
 
-def test_bfloat16_trains_as_float32_does(tiny, tokenizer, train, valid, tmp_path):
+def test_bfloat16_trains_as_float32_does(tiny, tokenizer, train, tmp_path):
     tiny.bfloat16().float()  # the same start for both
-    reference = losses_in(torch.float32, tiny, tokenizer, train, valid, tmp_path)
-    assert losses_in(torch.bfloat16, tiny, tokenizer, train, valid, tmp_path) == pytest.approx(reference, rel=0.03)
-    plain = losses_in(torch.bfloat16, tiny, tokenizer, train, valid, tmp_path, torch.optim.AdamW)
+    reference = losses_in(torch.float32, tiny, tokenizer, train, tmp_path)
+    assert losses_in(torch.bfloat16, tiny, tokenizer, train, tmp_path) == pytest.approx(reference, rel=0.03)
+    plain = losses_in(torch.bfloat16, tiny, tokenizer, train, tmp_path, torch.optim.AdamW)
     print(reference, plain)
     assert plain > 1.03 * reference, "plain AdamW would pass: this test shows nothing"
+
+
+def test_the_loss_is_that_of_bfloat16s_own_logits_in_float32(tiny, tokenizer, train):
+    batch, logits = script.collate(rows_of(train.examples, 10_000), layer_out(tiny.bfloat16(), tokenizer, train)), []
+    tiny.text_model.lm_head.linear.register_forward_hook(lambda module, args, out: logits.append(out.double()))
+    loss = summed_loss(tiny, batch)
+    expected = F.cross_entropy(logits[0], batch["targets"], reduction="sum")
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_rows_of_one_question_need_no_mask(tiny, tokenizer, train):
+    """Without one, attention takes its fastest way."""
+    one, several = (
+        text_inputs(script.collate(rows_of(examples, 10_000), layer_out(tiny, tokenizer, train)), "cpu")
+        for examples in ([train[0], train[1]], train.examples)
+    )
+    assert "attention_mask" not in one and "attention_mask" in several
+
+
+def test_gradients_are_exchanged_once_in_a_steps_last_backward_pass(tiny, tokenizer, train, monkeypatch):
+    engine, load, waits = engine_of(tiny), layer_out(tiny, tokenizer, train), []
+    batches = [script.collate(rows_of([train[i]], 10_000), load) for i in (0, 1, 5)]
+    monkeypatch.setattr(engine.accelerator, "no_sync", lambda model: (waits.append(model), nullcontext())[1])
+    script.train_step(engine, batches, tiny.vision_encoder, 1.0)
+    assert waits == [engine.text_model] * 2
+
+
+def test_all_that_a_loss_takes_goes_to_the_device(tiny, tokenizer, train, monkeypatch):
+    """The device "meta" stands in for a card."""
+    batch, given = script.collate(rows_of(train.examples, 10_000), layer_out(tiny, tokenizer, train)), {}
+
+    def text_model(**inputs):
+        given.update(inputs)
+        return SimpleNamespace(logits=torch.empty(len(batch["targets"]), 9, device="meta"))
+
+    def cross_entropy(logits, targets, reduction):
+        given["targets"] = targets
+        return logits.sum()
+
+    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
+    script.answer_loss(text_model, batch, torch.empty(8, 81, 9, device="meta"), 1, "meta")
+    assert len(given) == 6 and {tensor.device.type for tensor in given.values()} == {"meta"}
+
+
+def test_the_seconds_of_an_epoch_go_on_from_those_before_an_interruption(tiny, tokenizer, train):
+    progress = Progress({}, epoch=1, seconds=1000.0)
+    train_for(engine_of(tiny), tiny, collated(tiny, tokenizer, train, 19, 19), progress)
+    assert 1000 < progress.seconds < 1100

@@ -1,0 +1,77 @@
+"""What a model makes of examples: their loss and its answers, both from one look at each row."""
+
+import math
+import random
+
+import torch
+from torch.nn import functional as F
+
+from moondream2.cli import InputError
+from moondream2.features import image_embeds
+from moondream2.launch import gather
+from moondream2.rows import text_inputs
+from moondream2.scoring import accuracy, is_correct
+
+MAX_NEW_TOKENS = 64  # an answer that is longer is cut off
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, batches, asked=frozenset()):
+    """Avg Loss, the mean over all answer tokens of all processes, and {source: answer}, decoded greedily.
+
+    Args:
+        batches: of `lay_out`, this process's part.
+        asked: the sources of the examples whose questions are answered.
+    Raises:
+        InputError: not one picture could be read.
+    """
+    model.eval()
+    losses, tokens, answers = [], 0, {}
+    for batch in batches:
+        if batch["rows"]:
+            loss, texts = evaluate_batch(model, tokenizer, batch, asked)
+            losses.append(loss)
+            tokens += len(batch["answer_positions"])
+            answers |= texts
+    losses, tokens = gather(torch.stack(losses).tolist() if losses else []), sum(gather([tokens]))
+    if not tokens:
+        raise InputError("no picture of the questions that judge the model can be read any more")
+    return math.fsum(losses) / tokens, dict(gather(list(answers.items())))
+
+
+def evaluate_batch(model, tokenizer, batch, asked):
+    """A batch's loss, summed over its answer tokens, and the answers to those of its examples that are asked."""
+    device = model.get_input_embeddings().weight.device
+    examples = [[example.source in asked for example in row] for row in batch["rows"]]
+    is_asked = any(map(any, examples))
+    embeds = image_embeds(batch["pictures"], model.vision_encoder, device)
+    out = model.text_model(**text_inputs(batch, device), image_embeds=embeds, use_cache=is_asked)
+    targets = [token for row in batch["rows"] for example in row for token in example.answer_ids]
+    loss = F.cross_entropy(out.logits.float(), torch.tensor(targets, device=device), reduction="sum")
+    if not is_asked:
+        return loss, {}
+    rows = {name: tensor.to(device) for name, tensor in batch.items() if torch.is_tensor(tensor)}
+    most = rows["prompt_ends"].shape[1]
+    wanted = torch.tensor([row + [False] * (most - len(row)) for row in examples], device=device)
+    # The pass that gave the loss has also read each prompt: its last token's logits begin the answer.
+    begins = torch.searchsorted(rows["answer_positions"], rows["prompt_ends"].clamp(min=0))
+    first = out.logits.argmax(-1)[begins]
+    ids = model.decode(first, rows, out.past_key_values, tokenizer.eos_token_id, MAX_NEW_TOKENS, wanted)
+    answered = [
+        (example.source, tokenizer.decode(answer, skip_special_tokens=True).strip())
+        for row, answers in zip(batch["rows"], ids, strict=True)
+        for example, answer in zip(row, answers, strict=False)
+        if example.source in asked
+    ]
+    return loss, dict(answered)
+
+
+def draw_questions(examples, most, seed):
+    """The sources of at most so many examples, the same ones for a seed."""
+    sources = [example.source for example in examples]
+    return frozenset(random.Random(seed).sample(sources, min(len(sources), most)))
+
+
+def accuracy_of(examples, answers):
+    """The accuracy of {source: answer} on those of the examples that were asked; None where none was."""
+    return accuracy(is_correct(answers[each.source], each.answer) for each in examples if each.source in answers)

@@ -1,0 +1,99 @@
+"""What a run says while it goes: lines on the terminal, the progress bar, and training_log.jsonl."""
+
+import sys
+
+from tqdm import tqdm
+
+from moondream2.cli import InputError
+from moondream2.summary import format_left_out
+
+BAD_STEPS = 3  # steps in a row without a finite gradient that end a run
+
+
+def skipped(dataset, since=0, most=5):
+    """Prints how many lines of a dataset were left out after the first `since`, and the first of them."""
+    lines = dataset.skipped[since:]
+    if lines:
+        print(f"{dataset.path}: {len(lines)} lines skipped, {len(dataset.examples)} left")
+        print("\n".join(f"  {source}: {reason}" for source, reason in lines[:most]))
+
+
+def step_size(sampler, batch_size):
+    """Prints what an optimizer step is made of."""
+    parts = f"{sampler.processes} processes x BATCH_SIZE {batch_size} x {sampler.accum} micro-batches"
+    print(f"An optimizer step takes {sampler.step_size} questions: {parts}; an epoch has {sampler.steps} steps")
+
+
+def shown(batches, title, total, done, progress, is_shown):
+    """The batches, behind a progress bar that begins at `done`; says which examples fall out of them."""
+    options = {"unit": "", "leave": False, "mininterval": 0.5, "disable": not is_shown}
+    with tqdm(batches, title, total, initial=done, **options) as bar:
+        for batch in bar:
+            left_out(progress, batch["failed"])
+            yield batch
+            if progress.tokens:
+                bar.set_postfix_str(f"loss {progress.loss_sum / progress.tokens:.4f}", refresh=False)
+
+
+def left_out(progress, failed):
+    """Says which examples fell out because their picture disappeared or broke during the run, each once."""
+    known = {source for source, _ in progress.left_out}
+    for source, reason in failed:
+        if source not in known:
+            progress.left_out.append([source, reason])
+            tqdm.write(f"left out {source}: {reason} ({len(progress.left_out)} so far)", sys.stderr)
+
+
+def left_out_before(lines):
+    """Prints which lines are left out since their pictures can't be decoded, where there are any."""
+    if lines:
+        print(format_left_out(lines), flush=True)
+
+
+def scores_of_step(step):
+    """What a tracker is told of an optimizer step."""
+    return {"train_loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
+
+
+def bad_step(step, batches, in_a_row):
+    """Names the examples of a step that was not applied.
+
+    Raises:
+        InputError: it is the last of a few in a row.
+    """
+    sources = ", ".join(example.source for batch in batches for row in batch["rows"] for example in row)
+    tqdm.write(f"Step not applied: loss {step.loss}, gradient {step.grad_norm}; its examples: {sources}", sys.stderr)
+    if in_a_row == BAD_STEPS:
+        raise InputError(
+            f"{in_a_row} steps in a row without a finite loss and gradient, the last on {sources}: begin again with "
+            f"--overwrite true and a lower LEARNING_RATE than {step.learning_rate:g}, or without these lines"
+        )
+
+
+def scores_of_epoch(record):
+    """What a tracker is told of an epoch."""
+    return {name: record[name] for name in ("valid_loss", "valid_accuracy") if record[name] is not None}
+
+
+def epoch(record, first, baseline, epochs):
+    """Prints an epoch's losses and accuracy, beside that of the first record, before training, and the baseline."""
+    name = f"Epoch {record['epoch']} of {epochs}" if record["epoch"] else "Before training"
+    parts = [f"Training Avg Loss: {decimals(record['train_loss'])}"] if record["epoch"] else []
+    parts.append(f"Validation Avg Loss: {decimals(record['valid_loss'])}")
+    if record["valid_accuracy"] is not None:
+        start = f"before training {first['valid_accuracy']:.1%}, " if record["epoch"] else ""
+        parts.append(f"Validation accuracy: {record['valid_accuracy']:.1%} ({start}baseline {baseline:.1%})")
+    print(f"{name}: {', '.join(parts)}, {record['seconds']:.0f} s", flush=True)
+
+
+def decimals(number):
+    return "not finite" if number is None else f"{number:.4f}"
+
+
+def best(progress, epochs):
+    """Prints which epoch was kept, and what came after it."""
+    losses = {each["epoch"]: each["valid_loss"] for each in progress.history if each["epoch"]}
+    print(f"Best epoch: {progress.best_epoch} of {epochs} (Validation Avg Loss {losses[progress.best_epoch]:.4f})")
+    after = [decimals(loss) for each, loss in losses.items() if each > progress.best_epoch]
+    if after:
+        print(f"What followed was worse and is not in the saved model: {', '.join(after)}")

@@ -1,0 +1,101 @@
+"""What a model makes of examples: the loss is the mean over answer tokens, the answers are answer_question's."""
+
+import weakref
+
+import pytest
+import torch
+
+from moondream2 import evaluation
+from moondream2.evaluation import accuracy_of, draw_questions, evaluate
+from moondream2.pictures import pixels_of
+from moondream2.rows import whole_rows
+from tests.conftest import dataset, layer_out
+from tests.test_training import plain_losses
+
+
+@pytest.fixture
+def valid(data, tokenizer):
+    return dataset(data / "valid.jsonl", tokenizer)
+
+
+def batches_of(model, tokenizer, valid, batch_size):
+    rows = whole_rows(valid.examples, 1 + model.config.image_tokens, batch_size, 2048 - 82)
+    return map(layer_out(model, tokenizer, valid), rows)
+
+
+def test_the_loss_is_the_mean_over_answer_tokens_whatever_the_batch(tiny, tokenizer, valid):
+    with torch.no_grad():
+        total = sum(plain_losses(tiny, tokenizer, valid.examples, valid.pictures)).item()
+    expected = total / sum(len(example.answer_ids) for example in valid.examples)
+    state = torch.get_rng_state()
+    for batch_size in (1, 2, 50):
+        assert evaluate(tiny, tokenizer, batches_of(tiny, tokenizer, valid, batch_size))[0] == pytest.approx(
+            expected, rel=1e-5
+        )
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_answers_are_those_of_answer_question(tiny, tokenizer, valid, batch_size):
+    expected = {}
+    for example in valid.examples:
+        embeds = tiny.encode_image([pixels_of(valid.pictures[example.picture], tiny.vision_encoder.preprocess)])
+        expected[example.source] = tiny.answer_question(
+            embeds, example.question, tokenizer, max_new_tokens=evaluation.MAX_NEW_TOKENS
+        )
+    for most in (1000, 3, 0):
+        asked = draw_questions(valid, most, 0)
+        _, answers = evaluate(tiny, tokenizer, batches_of(tiny, tokenizer, valid, batch_size), asked)
+        assert answers.items() <= expected.items() and len(answers) == min(most, len(valid))
+    assert accuracy_of(valid, {}) is None
+
+
+def test_the_questions_that_are_asked_are_those_of_the_seed(valid):
+    assert draw_questions(valid, 3, 0) == draw_questions(valid, 3, 0) != draw_questions(valid, 3, 1)
+
+
+def test_accuracy_is_of_the_questions_that_were_asked(valid):
+    first, second, third = (example.source for example in valid.examples[:3])
+    answers = {first: valid[0].answer.upper(), second: "something else", third: valid[2].answer}
+    assert accuracy_of(valid, answers) == pytest.approx(2 / 3)
+
+
+def test_a_row_is_read_once_for_its_loss_and_its_answers(tiny, tokenizer, valid):
+    read = []
+    tiny.text_model.transformer.h[0].register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
+    evaluate(tiny, tokenizer, batches_of(tiny, tokenizer, valid, 50), draw_questions(valid, 1000, 0))
+    rows = [tokens for tokens in read if tokens > tiny.config.image_tokens]
+    assert len(rows) == 1 and len(read) > 1  # the three pictures lie in one batch; then token by token
+
+
+def test_the_keys_and_values_of_one_batch_are_held(tiny, tokenizer, valid, monkeypatch):
+    caches, alive = [], []
+
+    def before(module, args, inputs):
+        alive.append(sum(cache() is not None for cache in caches))
+
+    def after(module, args, inputs, out):
+        caches.append(weakref.ref(out.past_key_values))
+
+    monkeypatch.setattr(tiny, "decode", lambda first, *args: [[[each] for each in row] for row in first.tolist()])
+    tiny.text_model.register_forward_pre_hook(before, with_kwargs=True)
+    tiny.text_model.register_forward_hook(after, with_kwargs=True)
+    load = layer_out(tiny, tokenizer, valid)
+    evaluate(tiny, tokenizer, (load([[example]]) for example in valid), draw_questions(valid, 1000, 0))
+    assert alive == [0] * len(valid)
+
+
+def test_in_bfloat16_the_loss_is_that_of_its_logits_in_float32(tiny, tokenizer, valid):
+    logits, targets = [], [token for example in valid for token in example.answer_ids]
+    tiny.bfloat16().text_model.lm_head.linear.register_forward_hook(lambda module, args, out: logits.append(out))
+    batches = (layer_out(tiny, tokenizer, valid)([[example]]) for example in valid)
+    loss, _ = evaluate(tiny, tokenizer, batches)
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits).double(), torch.tensor(targets))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_where_nothing_is_asked_no_keys_and_values_are_kept(tiny, tokenizer, valid):
+    kept = []
+    tiny.text_model.register_forward_hook(lambda module, args, out: kept.append(out.past_key_values))
+    evaluate(tiny, tokenizer, batches_of(tiny, tokenizer, valid, 50))
+    assert kept == [None]
