@@ -1,0 +1,108 @@
+"""Shows that the tests see what breaks: each change of mutations.txt, made in a copy, has to turn its tests red.
+
+python -m tests.mutations [--only REGEX] [--jobs N] [--check]
+
+The suite itself should be green before. A change that hangs counts as seen.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from moondream2 import cli
+from moondream2.cli import InputError
+
+ROOT = Path(__file__).parent.parent
+LIST = Path(__file__).with_suffix(".txt")
+PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+TIMEOUT = 300  # seconds
+
+
+class Change(NamedTuple):
+    """A change of some words in a file; `tests` is what pytest takes to run those that are meant to see it."""
+
+    kind: str
+    file: str
+    tests: str
+    old: str
+    new: str
+
+    def __str__(self):
+        old, new = (" ".join(words.split()) for words in (self.old, self.new))
+        return f"{self.kind}, {self.file}: {old} -> {new or 'nothing'}"
+
+    def changed(self):
+        """The text of the file with the change; raises InputError where the words are not in exactly one place."""
+        text = (ROOT / self.file).read_text(encoding="utf-8")
+        if (times := text.count(self.old)) != 1:
+            raise InputError(f"{LIST.name} is stale: {self.file} has {times} times: {self.old}")
+        return text.replace(self.old, self.new)
+
+
+def read_changes():
+    """The list of Changes that mutations.txt holds; its head says how they are written."""
+    kind, changes = None, []
+    for block in LIST.read_text(encoding="utf-8").strip().split("\n\n"):
+        if block.startswith("# "):
+            kind = block.removeprefix("# ").split(":")[0]
+        elif kind:
+            place, *lines = block.split("\n")
+            old, new = ("\n".join(line[2:] for line in lines if line[0] == sign) for sign in "-+")
+            changes.append(Change(kind, *place.split(": ", 1), old, new))
+    return changes
+
+
+def copy_of_project(folder):
+    """A copy without what git ignores."""
+    ignored = [".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines())]
+    return Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=shutil.ignore_patterns(*ignored)))
+
+
+def seen_by(change):
+    """(the test that fails with this change, None where none does; the seconds it took)."""
+    started = time.monotonic()
+    with TemporaryDirectory() as folder:
+        copy = copy_of_project(folder)
+        (copy / change.file).write_text(change.changed(), encoding="utf-8")
+        command, environment = [*PYTEST, *shlex.split(change.tests)], {**os.environ, "OMP_NUM_THREADS": "1"}
+        try:
+            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return "it hangs", TIMEOUT
+    if done.returncode not in (0, 1):  # no tests were found, or they can't be imported
+        raise InputError(f"{change}\n{done.stdout}{done.stderr}")
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", done.stdout, re.MULTILINE)
+    return failed and failed[1], time.monotonic() - started
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a regular expression: only changes in whose line it is found")
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at once")
+    parser.add_argument("--check", action="store_true", help="only look whether each change still applies")
+    words = parser.parse_args()
+    changes = [change for change in read_changes() if re.search(words.only, str(change))]
+    if words.check:
+        for change in changes:
+            change.changed()
+        return
+    started, unseen = time.monotonic(), 0
+    with ThreadPoolExecutor(words.jobs) as pool:
+        for change, (test, seconds) in zip(changes, pool.map(seen_by, changes), strict=True):
+            print(f"{change}\n    {f'seen by {test}' if test else 'UNSEEN'}, {seconds:.0f} s", flush=True)
+            unseen += test is None
+    print(f"{len(changes)} changes, {len(changes) - unseen} seen, {time.monotonic() - started:.0f} s")
+    sys.exit(unseen > 0)
+
+
+if __name__ == "__main__":
+    cli.run(main)

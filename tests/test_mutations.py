@@ -1,0 +1,43 @@
+"""The list of changes that the suite is tried with: each has its place in the sources, and nothing is left out."""
+
+import sys
+
+import pytest
+
+import finetune_moondream as script
+from moondream2 import cli
+from moondream2.cli import InputError
+from tests import mutations
+from tests.conftest import ROOT
+from tests.mutations import Change, read_changes
+
+
+def test_each_change_still_applies():
+    """Those that do not are named by the InputError."""
+    for change in read_changes():
+        assert change.changed() != (ROOT / change.file).read_text(encoding="utf-8")
+
+
+def test_every_constant_and_every_module_is_changed():
+    changes = read_changes()
+    ignored = " ".join(change.old.replace("constants.", "c.") for change in changes if change.kind == "constants")
+    assert {name for name in cli.annotations(script) if f"c.{name.lower()}" not in ignored} == set()
+    modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("moondream2/[a-z]*.py")}
+    assert modules - {change.file for change in changes} == set()
+
+
+def test_a_change_whose_words_have_gone_is_stale():
+    with pytest.raises(InputError, match="stale: finetune_moondream.py has 0 times: words that nobody wrote"):
+        Change("kind", "finetune_moondream.py", "tests", "words that nobody wrote", "others").changed()
+
+
+@pytest.mark.parametrize("test", ["test_run.py::test_it", None])
+def test_a_change_that_no_test_sees_is_told_and_gives_status_1(monkeypatch, capsys, test):
+    monkeypatch.setattr(mutations, "seen_by", lambda change: (test, 2.0))
+    monkeypatch.setattr(sys, "argv", ["mutations.py", "--only", "gpu.*report.py"])
+    with pytest.raises(SystemExit) as ended:
+        mutations.main()
+    assert ended.value.code == (test is None)
+    _, line, total = capsys.readouterr().out.splitlines()
+    assert line.strip() == (f"seen by {test}, 2 s" if test else "UNSEEN, 2 s")
+    assert total.startswith(f"1 changes, {1 if test else 0} seen, ")
