@@ -30,6 +30,8 @@ from moondream2.rows import lay_out, whole_rows
 
 def load(folder):
     """A saved model in bfloat16, and its tokenizer."""
+    if not Path(folder).is_dir():
+        raise InputError(f"there is no folder {folder}: give that of a saved model, a run's OUTPUT_DIR")
     with checked_loading(folder, None) as loaded:
         loaded.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, loaded.info = AutoModelForCausalLM.from_pretrained(

@@ -169,6 +169,11 @@ def test_asking_from_the_shell(sample, tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: give a picture and at least one question")
 
 
+def test_asking_a_model_that_is_not_there_is_one_line():
+    with pytest.raises(InputError, match="there is no folder nowhere: give that of a saved model"):
+        ask.load("nowhere")
+
+
 def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(data, tmp_path, monkeypatch):
     model, tokenizer = ask.load(TINY)
     taken, rows_of = [], ask.whole_rows
