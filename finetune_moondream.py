@@ -29,7 +29,7 @@ from moondream2.card import how_to_ask, model_card
 from moondream2.checkpoints import Checkpoints, Interrupted, Stop, resume_or_start, settings_of
 from moondream2.cli import InputError, MayChange, Share
 from moondream2.data import Example, read_lines, tokenize
-from moondream2.evaluation import accuracy_of, draw_questions, evaluate
+from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_new_tokens
 from moondream2.features import FeatureStore, image_embeds, keep_features
 from moondream2.launch import (
     end,
@@ -109,7 +109,9 @@ class VQADataset(Dataset):
         self.path, self.examples, self.pictures, self.skipped = Path(path), [], {}, []
         for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, tokenizer), strict=True):
             picture, tokens = found[line.image_path], len(prompt_ids) + len(answer_ids)
-            if picture is None:
+            if line.lacks:
+                self.skipped.append((line.source, line.lacks))
+            elif picture is None:
                 self.skipped.append((line.source, f"picture not found: {line.image_path}"))
             elif isinstance(picture, PictureError):
                 self.skipped.append((line.source, f"picture broken: {line.image_path}: {picture}"))
@@ -147,7 +149,8 @@ class VQADataset(Dataset):
 
 def read_data(constants, tokenizer, max_text_tokens, stop):
     """Both datasets, and a table of what is in them. What is malformed in either is said before a picture is read."""
-    files = [(path, read_lines(path)) for path in (Path(constants.train_file), Path(constants.valid_file))]
+    paths = Path(constants.train_file), Path(constants.valid_file)
+    files = [(path, read_lines(path, tokenizer.eos_token)) for path in paths]
     known, datasets = KnownPictures(constants.features_dir), []
     for path, lines in files:
         found = find_pictures(path, lines, known, stop.check_alone)
@@ -369,6 +372,7 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
     max_text_tokens = config.text_config.max_position_embeddings - prefix
     train, valid = from_main(accelerator, read_data, constants, tokenizer, max_text_tokens, stop)
     model = first_on_each_machine(accelerator, load_model, *release).to(accelerator.device)
+    model.generation_config.max_new_tokens = most_new_tokens((train, valid), max_text_tokens)
     print_parameters(model)
 
     store = FeatureStore(constants.features_dir, model)

@@ -52,12 +52,18 @@ def ask(model, tokenizer, path, questions):
 
 
 def read_questions(path, tokenizer, max_text_tokens):
-    """The examples of a JSONL file, in the form of a dataset: path, examples, pictures by their key, skipped."""
-    lines, data = read_lines(path), SimpleNamespace(path=path, examples=[], pictures={}, skipped=[])
+    """The examples of a JSONL file, in the form of a dataset: path, examples, pictures by their key, skipped.
+
+    An example without answers is a question that is asked, and has no say in accuracy and loss.
+    """
+    lines = read_lines(path, tokenizer.eos_token, is_labelled=False)
+    data = SimpleNamespace(path=path, examples=[], pictures={}, skipped=[])
     found = find_pictures(path, lines, KnownPictures(None))
     for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, tokenizer), strict=True):
         picture = found[line.image_path]
-        if not isinstance(picture, Picture):
+        if line.lacks and not line.is_only_asked:
+            data.skipped.append((line.source, line.lacks))
+        elif not isinstance(picture, Picture):
             data.skipped.append((line.source, f"picture {picture or 'not found'}: {line.image_path}"))
         elif len(prompt_ids) + len(answer_ids) > max_text_tokens:
             data.skipped.append((line.source, f"too long: {len(prompt_ids) + len(answer_ids)} tokens of text"))
@@ -70,21 +76,33 @@ def read_questions(path, tokenizer, max_text_tokens):
 
 
 def score(model, tokenizer, path, batch_size, output_dir, title):
-    """Prints accuracy and loss on a file of questions; writes the answers and a report into a folder."""
+    """Answers a file of questions and scores those that have an answer; writes the answers and a report to a folder."""
     prefix, most = 1 + model.config.image_tokens, model.config.text_config.max_position_embeddings
     data = read_questions(path, tokenizer, most - prefix)
     log.skipped(data)
-    rows = whole_rows(data.examples, prefix, 4 * batch_size, most - prefix)
     store, bos = FeatureStore(None, model), tokenizer.bos_token_id
     read = partial(lay_out, pictures=data.pictures, store=store, bos=bos, image_tokens=model.config.image_tokens)
-    batches = tqdm(read_ahead(read, rows), "Asking", len(rows), unit=" batches", leave=False)
-    loss, answers = evaluate(model, tokenizer, batches, {example.source for example in data.examples})
-    right = accuracy_of(data.examples, answers)
-    print(f"{len(data.examples)} questions: Avg Loss: {loss:.4f}, accuracy: {right:.1%}")
+
+    def asked(examples):
+        """Avg Loss and {key: Answer} of these examples."""
+        rows = whole_rows(examples, prefix, 4 * batch_size, most - prefix)
+        batches = tqdm(read_ahead(read, rows), "Asking", len(rows), unit=" batches", leave=False)
+        return evaluate(model, tokenizer, batches, {example.key for example in examples})
+
+    scored = [example for example in data.examples if example.answers]
+    others = [example for example in data.examples if not example.answers]
+    answers, history = asked(others)[1] if others else {}, []
+    if others:
+        print(f"{len(others)} questions have no answer to compare with")
+    if scored:
+        loss, given = asked(scored)
+        answers |= given
+        right = accuracy_of(scored, answers)
+        print(f"{len(scored)} questions: Avg Loss: {loss:.4f}, accuracy: {right:.1%}")
+        history = [{"epoch": 0, "valid_loss": loss, "valid_accuracy": right, "seconds": 0.0}]
     output_dir.mkdir(parents=True, exist_ok=True)
     lines = predictions(data, before={}, after=answers)
     write_text(output_dir / "predictions.jsonl", "".join(json.dumps(each) + "\n" for each in lines))
-    history = [{"epoch": 0, "valid_loss": loss, "valid_accuracy": right, "seconds": 0.0}]
     page = facts(
         title=title,
         constants=SimpleNamespace(model_id=title, revision=None, batch_size=batch_size),
@@ -105,12 +123,15 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", help="the folder of a saved model")
-    parser.add_argument("picture", help="a picture, or a JSONL file of pictures, questions and answers")
+    parser.add_argument("picture", help="a picture, or a JSONL file of pictures, questions and, to be scored, answers")
     parser.add_argument("question", nargs="*", help="questions about the picture")
     parser.add_argument("--batch_size", type=int, default=2, help="as the script's: less takes less memory")
     parser.add_argument("--output_dir", help="for a file's answers and report; default: valid_scored, of valid.jsonl")
     words = parser.parse_args()
-    is_file = words.picture.endswith(".jsonl")
+    kind = Path(words.picture).suffix.lower()
+    is_file = kind == ".jsonl"
+    if kind in (".json", ".csv", ".tsv", ".parquet", ".txt"):
+        raise InputError(f"{words.picture} is neither a picture nor a .jsonl file: see python -m moondream2.convert")
     if is_file == bool(words.question):
         raise InputError("give a picture and at least one question, or a .jsonl file alone")
     transformers.utils.logging.set_verbosity_error()

@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.state_dict import (
 from moondream2.cli import InputError
 from moondream2.files import is_finite, name_of_unfinished, remove, remove_whole, to_json, write_whole
 from moondream2.launch import any_true, from_main, with_heartbeat
+from moondream2.modeling_moondream2 import Answer
 
-VERSION = 1  # of what a checkpoint holds
+VERSION = 2  # of what a checkpoint holds
 CHECKPOINT = re.compile(r"epoch-\d{6}-step-\d{8}")
 
 
@@ -108,10 +109,14 @@ class Progress:
     seconds: float = 0.0
     history: list = field(default_factory=list)  # a record an epoch
     best_epoch: int = 0  # 0: none yet
-    answers_before: dict = field(default_factory=dict)  # {source: answer}
+    answers_before: dict = field(default_factory=dict)  # {key of an example: Answer}
     answers_best: dict = field(default_factory=dict)
     left_out: list = field(default_factory=list)  # [source, reason] of examples whose picture broke during the run
     tracker_id: str = field(default_factory=lambda: secrets.token_hex(8))  # the run's name for a tracker
+
+    def __post_init__(self):
+        for answers in (self.answers_before, self.answers_best):  # which JSON made lists of
+            answers.update((key, Answer(*answer)) for key, answer in answers.items())
 
     def goes_on(self, epochs, patience):
         """Whether an epoch is still to be trained or judged; says so where patience has come to its end."""
@@ -282,8 +287,7 @@ def link(source, target):
 
 def digest(dataset):
     """A name for what a dataset's examples say, wherever its files lie."""
-    lines = "\n".join(json.dumps([each.picture, each.question, each.answer]) for each in dataset.examples)
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(example.key for example in dataset.examples).encode()).hexdigest()[:16]
 
 
 def settings_of(constants, may_change, train, valid, vision_encoder):

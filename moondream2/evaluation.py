@@ -9,19 +9,27 @@ from torch.nn import functional as F
 from moondream2.cli import InputError
 from moondream2.features import image_embeds
 from moondream2.launch import gather
+from moondream2.modeling_moondream2 import to_answer
 from moondream2.rows import text_inputs
 from moondream2.scoring import accuracy, is_correct
 
-MAX_NEW_TOKENS = 64  # an answer that is longer is cut off
+LEAST_NEW_TOKENS = 64  # that an answer may have, however short those of the data are
+
+
+def most_new_tokens(datasets, max_text_tokens):
+    """The tokens that an answer may have: a quarter more than the longest of the data, if there are positions."""
+    longest = max(len(example.answer_ids) for dataset in datasets for example in dataset.examples)
+    return min(max(LEAST_NEW_TOKENS, longest + longest // 4), max_text_tokens)
 
 
 @torch.no_grad()
 def evaluate(model, tokenizer, batches, asked=frozenset()):
-    """Avg Loss, the mean over all answer tokens of all processes, and {source: answer}, decoded greedily.
+    """Avg Loss, the mean over all answer tokens of all processes, and {key of an example: Answer}, decoded greedily.
 
     Args:
+        model: its generation_config says how long an answer may become.
         batches: of `lay_out`, this process's part.
-        asked: the sources of the examples whose questions are answered.
+        asked: the keys of the examples whose questions are answered.
     Raises:
         InputError: not one picture could be read.
     """
@@ -42,7 +50,7 @@ def evaluate(model, tokenizer, batches, asked=frozenset()):
 def evaluate_batch(model, tokenizer, batch, asked):
     """A batch's loss, summed over its answer tokens, and the answers to those of its examples that are asked."""
     device = model.get_input_embeddings().weight.device
-    examples = [[example.source in asked for example in row] for row in batch["rows"]]
+    examples = [[example.key in asked for example in row] for row in batch["rows"]]
     is_asked = any(map(any, examples))
     embeds = image_embeds(batch["pictures"], model.vision_encoder, device)
     out = model.text_model(**text_inputs(batch, device), image_embeds=embeds, use_cache=is_asked)
@@ -55,23 +63,22 @@ def evaluate_batch(model, tokenizer, batch, asked):
     wanted = torch.tensor([row + [False] * (most - len(row)) for row in examples], device=device)
     # The pass that gave the loss has also read each prompt: its last token's logits begin the answer.
     begins = torch.searchsorted(rows["answer_positions"], rows["prompt_ends"].clamp(min=0))
-    first = out.logits.argmax(-1)[begins]
-    ids = model.decode(first, rows, out.past_key_values, tokenizer.eos_token_id, MAX_NEW_TOKENS, wanted)
+    decoded = model.decode(out.logits[begins], rows, out.past_key_values, tokenizer.eos_token_id, asked=wanted)
     answered = [
-        (example.source, tokenizer.decode(answer, skip_special_tokens=True).strip())
-        for row, answers in zip(batch["rows"], ids, strict=True)
+        (example.key, to_answer(*answer, tokenizer))
+        for row, answers in zip(batch["rows"], decoded, strict=True)
         for example, answer in zip(row, answers, strict=False)
-        if example.source in asked
+        if example.key in asked
     ]
     return loss, dict(answered)
 
 
 def draw_questions(examples, most, seed):
-    """The sources of at most so many examples, the same ones for a seed."""
-    sources = [example.source for example in examples]
-    return frozenset(random.Random(seed).sample(sources, min(len(sources), most)))
+    """The keys of at most so many examples, the same ones for a seed."""
+    keys = [example.key for example in examples]
+    return frozenset(random.Random(seed).sample(keys, min(len(keys), most)))
 
 
 def accuracy_of(examples, answers):
-    """The accuracy of {source: answer} on those of the examples that were asked; None where none was."""
-    return accuracy(is_correct(answers[each.source], each.answer) for each in examples if each.source in answers)
+    """The accuracy of {key: Answer} on those of the examples that were asked; None where none was."""
+    return accuracy(is_correct(answers[each.key].text, each.answers) for each in examples if each.key in answers)

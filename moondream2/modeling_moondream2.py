@@ -8,13 +8,22 @@ Sources: SigLIP (https://arxiv.org/abs/2303.15343), Phi-1.5 (https://arxiv.org/a
 (https://arxiv.org/abs/2104.09864).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,6 +449,29 @@ def answer_text(answer):
     return f" {answer}"
 
 
+def token_ids(texts, tokenizer):
+    """The ids of each text. What looks like a special token is text all the same: nobody's words end an answer."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
+
+
+MAX_NEW_TOKENS = 256  # in an answer of a model whose generation_config.json does not say
+NO_TOKEN = -1  # stands behind an answer's end
+
+
+class Answer(NamedTuple):
+    """What the model says, and how probable it finds just this; `is_cut` where it had not come to its end."""
+
+    text: str
+    probability: float
+    is_cut: bool
+
+
+def to_answer(ids, probability, tokenizer):
+    """The Answer that these token ids are, which end with the end-of-text token unless it was cut."""
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Answer(text, probability, is_cut=ids[-1] != tokenizer.eos_token_id)
+
+
 def lay_out_rows(rows, bos, image_tokens):
     """Rows `[BOS, image, prompt 1, answer 1, prompt 2, answer 2, ...]`: a picture, and questions blind to each other.
 
@@ -498,7 +530,7 @@ def row_mask(document_ids, queries=None):
     return causal & ((keys == 0) | (keys == document_ids[:, None, :, None]))
 
 
-class Moondream(PreTrainedModel):
+class Moondream(PreTrainedModel, GenerationMixin):
     """Moondream2: `vision_encoder`, `text_model`, and `region_model`, which is only carried along."""
 
     config_class = MoondreamConfig
@@ -523,16 +555,24 @@ class Moondream(PreTrainedModel):
         """A picture, a list of them or a preprocessed tensor -> image embeddings (pictures, 729, 2048)."""
         return self.vision_encoder(image)
 
-    def answer_question(self, image_embeds, question, tokenizer, chat_history="", max_new_tokens=256):
-        """The answer to a question about one encoded picture (1, 729, 2048), decoded greedily."""
-        return self._answer(image_embeds, [[prompt_text(question, chat_history)]], tokenizer, max_new_tokens)[0][0]
+    def answer_question(self, image_embeds, question, tokenizer, chat_history="", max_new_tokens=None):
+        """The answer to a question about one encoded picture (1, 729, 2048), decoded greedily.
 
-    def answer_questions(self, image_embeds, questions, tokenizer, max_new_tokens=256):
-        """For each encoded picture a list of questions -> for each a list of answers; a picture is read only once."""
+        Here and below an answer has `max_new_tokens` tokens at most; where that is not given, as many as
+        generation_config.json says, or 256.
+        """
+        return self._answer(image_embeds, [[prompt_text(question, chat_history)]], tokenizer, max_new_tokens)[0][0].text
+
+    def answer_questions(self, image_embeds, questions, tokenizer, max_new_tokens=None, return_probabilities=False):
+        """For each encoded picture a list of questions -> for each a list of answers; a picture is read only once.
+
+        With `return_probabilities` an answer is not a text but an `Answer`, with the probability of the whole of it.
+        """
         prompts = [[prompt_text(question) for question in row] for row in questions]
-        return self._answer(image_embeds, prompts, tokenizer, max_new_tokens)
+        rows = self._answer(image_embeds, prompts, tokenizer, max_new_tokens)
+        return rows if return_probabilities else [[answer.text for answer in row] for row in rows]
 
-    def batch_answer(self, images, prompts, tokenizer, max_new_tokens=512):
+    def batch_answer(self, images, prompts, tokenizer, max_new_tokens=None):
         """The answers to one question for each picture."""
         questions = [[question] for question in prompts]
         rows = self.answer_questions(self.encode_image(images), questions, tokenizer, max_new_tokens)
@@ -542,22 +582,23 @@ class Moondream(PreTrainedModel):
         """A caption for each picture, a short one with length="short"."""
         image_embeds = self.encode_image(images)
         prompt = "\n\nShort caption:" if length == "short" else "\n\nCaption:"
-        return [row[0] for row in self._answer(image_embeds, [[prompt]] * len(image_embeds), tokenizer, max_new_tokens)]
+        rows = self._answer(image_embeds, [[prompt]] * len(image_embeds), tokenizer, max_new_tokens)
+        return [answer.text for (answer,) in rows]
 
     def _answer(self, image_embeds, prompts, tokenizer, max_new_tokens):
-        ids = [[tokenizer(text, add_special_tokens=False).input_ids for text in row] for row in prompts]
+        ids = [token_ids(row, tokenizer) for row in prompts]
         rows = self.generate_ids(image_embeds, ids, tokenizer.bos_token_id, tokenizer.eos_token_id, max_new_tokens)
-        return [[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in row] for row in rows]
+        return [[to_answer(*each, tokenizer) for each in row] for row in rows]
 
     @torch.inference_mode()
-    def generate_ids(self, image_embeds, prompts, bos, eos, max_new_tokens):
+    def generate_ids(self, image_embeds, prompts, bos, eos, max_new_tokens=None):
         """Greedy answers to all questions of all rows.
 
         Args:
             image_embeds: (rows, 729, width).
             prompts: for each row a list of prompts, each a list of token ids.
         Returns:
-            for each row a list of answers, each a list of token ids without `eos`.
+            for each row a list of what `decode` says of an answer.
         """
         device = self.get_input_embeddings().weight.device
         rows = lay_out_rows([[(prompt, []) for prompt in row] for row in prompts], bos, image_embeds.shape[1])
@@ -570,46 +611,53 @@ class Moondream(PreTrainedModel):
             answer_positions=rows["prompt_ends"].clamp(min=0).flatten(),
             use_cache=True,
         )
-        first = out.logits.argmax(-1).view_as(rows["prompt_ends"])
+        first = out.logits.unflatten(0, rows["prompt_ends"].shape)
         answers = self.decode(first, rows, out.past_key_values, eos, max_new_tokens)
         return [row[: len(prompt)] for row, prompt in zip(answers, prompts, strict=True)]
 
     @torch.inference_mode()
-    def decode(self, first, rows, cache, eos, max_new_tokens, asked=None):
+    def decode(self, first, rows, cache, eos, max_new_tokens=None, asked=None):
         """Goes on greedily with all questions of all rows at once: a step costs one token for each question.
 
         Args:
-            first: (rows, questions), the first token of each answer.
+            first: (rows, questions, vocabulary), the logits of each answer's first token.
             rows: of `lay_out_rows`, on the model's device, which the text model has read; their own answers, if they
                 have any, stay unseen.
             cache: the keys and values of what it has read.
             asked: (rows, questions), True where an answer is wanted; all where None.
         Returns:
-            for each row a list of answers, each a list of token ids without `eos`; empty where none was wanted.
+            for each row a list of (token ids, probability of all of them): `eos` is the last unless the answer was
+            cut, after `max_new_tokens` or at the last position; no ids where none was wanted.
         """
+        most = max_new_tokens or self.generation_config.max_new_tokens or MAX_NEW_TOKENS
         ends = rows["prompt_ends"]
         done = ends < 0 if asked is None else (ends < 0) | ~asked
         position_ids = rows["position_ids"].flatten()[ends.clamp(min=0)] + 1
         is_answer = rows["answer_positions"] + 1
         document_ids = rows["document_ids"].flatten().index_fill(0, is_answer, -1).view_as(rows["document_ids"])
         questions = torch.arange(1, ends.shape[1] + 1, device=ends.device).expand_as(ends)
-        token, answers = first, []
+        logits, answers, log_probability = first, [], torch.zeros(ends.shape, device=ends.device)
         while True:
-            token = token.masked_fill(done, eos)
-            answers.append(token)
-            done = done | (token == eos)
-            if len(answers) == max_new_tokens or done.all():
+            token = logits.argmax(-1)
+            chosen = logits.float().log_softmax(-1).gather(-1, token[..., None])[..., 0]
+            log_probability += chosen.masked_fill(done, 0)
+            answers.append(token.masked_fill(done, NO_TOKEN))
+            done = done | (token == eos) | (position_ids >= self.config.text_config.max_position_embeddings)
+            if len(answers) == most or done.all():
                 break
             document_ids = torch.cat([document_ids, questions], dim=1)
             out = self.text_model(
-                input_ids=token,
+                input_ids=token,  # what comes after an answer's end is read, and not used
                 attention_mask=row_mask(document_ids, questions),
                 position_ids=position_ids,
                 past_key_values=cache,
             )
-            token, position_ids = out.logits.argmax(-1), position_ids + 1
-        answers = torch.stack(answers, dim=-1).tolist()
-        return [[ids[: ids.index(eos)] if eos in ids else ids for ids in row] for row in answers]
+            logits, position_ids = out.logits, position_ids + 1
+        answers, probability = torch.stack(answers, dim=-1).tolist(), log_probability.exp().tolist()
+        return [
+            [([token for token in ids if token != NO_TOKEN], share) for ids, share in zip(*row, strict=True)]
+            for row in zip(answers, probability, strict=True)
+        ]
 
 
 AutoConfig.register(MoondreamConfig.model_type, MoondreamConfig, exist_ok=True)

@@ -23,6 +23,7 @@ NAMES = (  # all that a run writes
     "report.html",
     "README.md",
     "config.json",
+    "generation_config.json",
     "model.safetensors",
     "modeling_moondream2.py",
     "tokenizer.json",

@@ -1,6 +1,7 @@
 """Pictures on disk: where they lie, what is in them, and whether they can be used."""
 
 import contextlib
+import difflib
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -49,8 +51,39 @@ def find_picture(jsonl, name):
 def find_pictures(jsonl, lines, known, check_stop=lambda: None):
     """{image_path: its Picture, the PictureError that says what is wrong with it, or None where it is no file}."""
     files = {name: find_picture(jsonl, name) for name in dict.fromkeys(line.image_path for line in lines)}
+    refuse_missing(jsonl, [line for line in lines if line.image_path and files[line.image_path] is None], len(lines))
     pictures = known.look_at({file for file in files.values() if file is not None}, check_stop)
     return {name: pictures.get(file) for name, file in files.items()}
+
+
+def refuse_missing(jsonl, missing, lines):
+    """Raises InputError where more than half of the lines name a picture that is not there.
+
+    Some pictures may be lost, and training goes on without them. Where most are, it is the paths that are wrong, and
+    a model trained on what happens to be found would not be the one that was asked for.
+    """
+    if 2 * len(missing) > lines:
+        first = missing[0]
+        places = " and ".join(dict.fromkeys(str(folder.absolute()) for folder in (jsonl.parent, Path())))
+        near = nearest(jsonl.parent, first.image_path)
+        raise InputError(
+            f"{len(missing):,} of {lines:,} lines in {jsonl} name a picture that is not there, such as {first.source}: "
+            f"{shown_path(first.image_path)}, looked for in {places}" + (f"; nearest is {near}" if near else "")
+        )
+
+
+def nearest(folder, name, most=10_000):
+    """The file of the nearest name among the first so many below a folder, or None."""
+    files = [path.relative_to(folder).as_posix() for path in islice(folder.rglob("*"), most)]
+    wanted = name.replace("\\", "/").split("/")[-1].casefold()
+    same = [file for file in files if file.split("/")[-1].casefold() == wanted]
+    return next(iter(same or difflib.get_close_matches(name, files, n=1)), None)
+
+
+def shown_path(name, most=200):
+    """A path from the data as it can be shown: on one line, and not longer than a path is."""
+    text = "".join(character if character.isprintable() else " " for character in name)
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def look(path):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moondream2.files import write_text
-from moondream2.modeling_moondream2 import upright_rgb
+from moondream2.modeling_moondream2 import Answer, upright_rgb
 from moondream2.pictures import PictureError, open_picture
 from moondream2.scoring import accuracy, is_correct
 from moondream2.summary import counted, left_out_by_reason, summarize
@@ -62,12 +62,12 @@ CURVES = {  # of a number in the history: its name, its colour, its style
 }
 
 
-def predictions(dataset, before: dict[str, str], after: dict[str, str]) -> list[dict]:
+def predictions(dataset, before: dict[str, Answer], after: dict[str, Answer]) -> list[dict]:
     """What was expected, answered before training and answered after it, for each example that was asked.
 
     Args:
         dataset: the validation examples and their pictures.
-        before: {source of an example: the model's answer before training}; may be empty.
+        before: {key of an example: what the model answered before training}; may be empty.
         after: the same for the model that is kept.
     """
     return [
@@ -76,15 +76,25 @@ def predictions(dataset, before: dict[str, str], after: dict[str, str]) -> list[
             "image_path": example.image_path,
             "file": str(dataset.pictures[example.picture].path),
             "question": example.question,
-            "answer": example.answer,
-            "before": before.get(example.source),
-            "after": after[example.source],
-            "before_correct": is_correct(before[example.source], example.answer) if example.source in before else None,
-            "after_correct": is_correct(after[example.source], example.answer),
+            "answer": next(iter(example.answers), None),
+            "answers": list(example.answers),
+            **judged("before", before.get(example.key), example.answers),
+            **judged("after", after[example.key], example.answers),
         }
         for example in dataset.examples
-        if example.source in after
+        if example.key in after
     ]
+
+
+def judged(when, answer, right):
+    """An answer beside those that count as right, as it stands in predictions.jsonl; None where none was given."""
+    said, probability, is_cut = answer or (None, None, None)
+    return {
+        when: said,
+        f"{when}_probability": probability,
+        f"{when}_cut": is_cut,
+        f"{when}_correct": is_correct(said, right) if answer and right else None,
+    }
 
 
 def machine(device: torch.device, seconds: float) -> dict:
@@ -310,7 +320,7 @@ def by_picture(predictions):
 
 def states(prediction):
     before, after = prediction["before_correct"], prediction["after_correct"]
-    found = [] if after else ["wrong"]
+    found = ["wrong"] if after is False else []
     if before is not None and before != after:
         found.append("newly-right" if after else "newly-wrong")
     return found

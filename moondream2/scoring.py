@@ -52,9 +52,9 @@ def punctuation(match):
     return character if says_something or unicodedata.category(character)[0] != "P" else " "
 
 
-def is_correct(prediction: str, answer: str) -> bool:
-    """Whether the two are the same answer once both are normalized."""
-    return normalize(prediction) == normalize(answer)
+def is_correct(prediction: str, answers: tuple[str, ...]) -> bool:
+    """Whether it is one of these answers once all are normalized."""
+    return normalize(prediction) in map(normalize, answers)
 
 
 def accuracy(marks) -> float | None:
@@ -96,5 +96,5 @@ def baseline_accuracy(train_examples, valid_examples) -> float:
     answers = most_frequent_answers(train_examples)
     fallback = most_frequent(example.answer for example in train_examples)
     return accuracy(
-        is_correct(answers.get(normalize(example.question), fallback), example.answer) for example in valid_examples
+        is_correct(answers.get(normalize(example.question), fallback), example.answers) for example in valid_examples
     )

@@ -1,6 +1,7 @@
 """What is in the training and validation files, and what is wrong with them, before any time is spent on training."""
 
 import io
+import re
 import shutil
 import statistics
 import sys
@@ -17,6 +18,8 @@ FIRST_SOURCES = 3  # that a warning or a reason for leaving lines out names
 TOP_ANSWERS = 10
 SMALLEST_VALIDATION = 20  # examples; below it one answer moves the accuracy by more than 5 points
 LARGEST_SHARE = 0.9  # of one answer; above it a model that never looks at the picture scores as well
+# Special tokens such as <|endoftext|>, a picture's placeholder, and the prompt's words around a question.
+MARKER = re.compile(r"<\|[^|<>]{1,40}\|>|</?(?:image|img|s)>|\[/?INST\]|^Question:|Answer:$")
 LOG_WIDTH = 100  # columns of the table where it goes into a file and no terminal says how wide it is
 
 
@@ -30,6 +33,8 @@ def summarize(train, valid) -> dict:
             *leaks(train, valid),
             *(warning for dataset in (train, valid) for warning in repeats(dataset)),
             *(warning for dataset in (train, valid) for warning in contradictions(dataset)),
+            *(warning for dataset in (train, valid) for warning in markers(dataset)),
+            *(warning for dataset in (train, valid) for warning in missing(dataset)),
             *too_small(valid),
             *(warning for file in files.values() for warning in one_sided(file)),
         ],
@@ -124,16 +129,38 @@ def repeats(dataset):
 
 
 def contradictions(dataset):
-    """Questions that are asked twice of a picture with answers that differ."""
+    """Questions that are asked twice of a picture with answers that differ, none being right for both."""
     answers, sources = {}, {}
     for example in dataset.examples:
         asked = (example.picture, normalize(example.question))
-        answer = answers.setdefault(asked, normalize(example.answer))
-        if answer != normalize(example.answer):
+        right = set(map(normalize, example.answers))
+        if right.isdisjoint(answers.setdefault(asked, right)):
             sources.setdefault(asked, example.source)
     if sources:
         times = count(sources, "question is asked of its picture", "questions are asked of their picture")
         yield f"{times} more than once, with different answers ({first(sources.values())})"
+
+
+def markers(dataset):
+    """Words of a format, the model's own or another's, that stand in the texts; they would be learned as words."""
+    sources, found = [], Counter()
+    for example in dataset.examples:
+        texts = example.question, *example.answers
+        words = {match[0].strip() for text in texts for match in MARKER.finditer(text)}
+        found.update(words)
+        sources += [example.source] if words else []
+    if sources:
+        words = ", ".join(one_line(word, 30) for word, _ in found.most_common(FIRST_SOURCES))
+        texts = count(sources, "example has", "examples have")
+        yield f"{texts} words of a format in question or answer, taken as plain text: {words} ({first(sources)})"
+
+
+def missing(dataset):
+    """Lines whose picture is not there."""
+    sources = [source for source, reason in dataset.skipped if reason.startswith("picture not found")]
+    if sources:
+        lines = count(sources, "line names a picture", "lines name a picture")
+        yield f"{lines} that is not there, of {len(dataset.examples) + len(dataset.skipped):,} in {dataset.path.name}"
 
 
 def too_small(valid):

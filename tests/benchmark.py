@@ -71,7 +71,7 @@ class Examples(list):
             picture = look(path)
             self.pictures[picture.key] = picture
             keys.append(picture.key)
-            lines.append(Line(f"{i}", path.name, QUESTIONS[k], ANSWERS[k]))
+            lines.append(Line(f"{i}", path.name, QUESTIONS[k], (ANSWERS[k],)))
         for line, key, ids in zip(lines, keys, tokenize(lines, tokenizer), strict=True):
             self.append(Example(*line, key, *ids))
 

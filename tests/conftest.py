@@ -82,7 +82,8 @@ def small_tokenizer():
 
 def dataset(path, tokenizer=None, max_text_tokens=2048 - 82):
     """The VQADataset of a file."""
-    lines, tokenizer = read_lines(path), tokenizer or small_tokenizer()
+    tokenizer = tokenizer or small_tokenizer()
+    lines = read_lines(path, tokenizer.eos_token)
     return script.VQADataset(path, lines, find_pictures(path, lines, KnownPictures(None)), tokenizer, max_text_tokens)
 
 

@@ -23,6 +23,7 @@ from moondream2 import checkpoints, optimizer
 from moondream2.checkpoints import Checkpoints, Interrupted, Progress, Stop, resume_or_start
 from moondream2.cli import InputError
 from moondream2.files import to_json, write_text, write_whole
+from moondream2.modeling_moondream2 import Answer
 from moondream2.optimizer import build_optimizer, build_scheduler
 from moondream2.output_dir import OutputDir
 from tests.child import Child
@@ -402,9 +403,11 @@ def test_a_checkpoint_of_another_version_is_one_line(trained, change):
 
 def test_progress_is_kept_as_it_is(trained, capsys):
     progress = resume(trained, step_size=4, overwrite=False)
-    progress.epoch, progress.left_out, progress.answers_best = 3, [["train.jsonl:1", "broken"]], {"valid.jsonl:1": "No"}
+    progress.epoch, progress.left_out = 3, [["train.jsonl:1", "broken"]]
+    progress.answers_best = {"0123": Answer("No", 0.1 + 0.2, True)}
     trained.checkpoints.save(progress)
-    assert resume(trained, step_size=8, overwrite=False) == progress
+    again = resume(trained, step_size=8, overwrite=False)
+    assert again == progress and again.answers_best["0123"].is_cut
     assert "Going on in epoch 3 after step 0" in capsys.readouterr().out
     assert len(progress.tracker_id) == 16 and progress.tracker_id != Progress({}).tracker_id
 
@@ -480,6 +483,16 @@ def test_overwrite_discards_another_runs_checkpoint(interrupted, run_main, capsy
     run_main(**{**interrupted, "learning_rate": 5e-4, "overwrite": "true"})
     assert "Going on" not in capsys.readouterr().out
     assert log_of(interrupted["output_dir"])[-1]["learning_rate"] == 5e-4
+
+
+def test_a_run_goes_on_from_another_directory_with_all_its_answers(interrupted, run_main, monkeypatch):
+    """Those from before training too, though the files' names are others now."""
+    folder = interrupted["valid_file"].parent
+    monkeypatch.chdir(folder)
+    run_main(**{**interrupted, "train_file": "./train.jsonl", "valid_file": "valid.jsonl"})
+    answers = [json.loads(line) for line in (interrupted["output_dir"] / "predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == 3 and all(each["before"] is not None and each["after"] is not None for each in answers)
+    assert all(each["source"].startswith("valid.jsonl:") for each in answers)
 
 
 def test_a_run_goes_on_in_smaller_pieces(interrupted, run_main, tmp_path, capsys):

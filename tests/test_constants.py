@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import finetune_moondream as script
-from moondream2 import cli, evaluation, launch, optimizer
+from moondream2 import cli, launch, optimizer
 from moondream2.cli import InputError
 from tests.conftest import TINY, draw_picture, write_lines
 
@@ -152,13 +152,13 @@ def watch(run, patch):
         stand_in = SimpleNamespace(from_pretrained=getattr(script, name).from_pretrained)
         patch.setattr(script, name, stand_in)
         noting(stand_in, "from_pretrained", lambda model, **words: run.loaded.append((model, words)))
-    noting(script, "read_lines", run.read.append)
+    noting(script, "read_lines", lambda path, *more: run.read.append(path))
     noting(script, "whole_rows", lambda examples, prefix, pictures, most: vars(run).update(judged=pictures))
     noting(script.Checkpoints, "save", lambda *args: vars(run).update(saves=run.saves + 1))
     noting(optimizer.AdamW, "step", note_gradient)
     patch.setattr(script, "load_model", load_model)
     patch.setattr(script, "train_step", train_step)
-    patch.setattr(evaluation, "MAX_NEW_TOKENS", 2)
+    patch.setattr(script, "most_new_tokens", lambda *arguments: 2)
 
 
 def begin(patch, *flags):

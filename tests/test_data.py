@@ -23,10 +23,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def read(folder, content):
+def read(folder, content, **options):
     path = folder / "lines.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return dataset(path)
+    return dataset(path, **options)
 
 
 def test_examples_carry_their_place_and_picture(folder):
@@ -87,13 +87,85 @@ def make_unusable(folder):
 
 def test_unusable_pictures_are_skipped_and_counted(folder):
     unusable = make_unusable(folder)
-    lines = [LINE, *({**LINE, "image_path": name} for name in unusable)]
+    lines = [LINE, *({**LINE, "image_path": name} for name in unusable), LINE, LINE]
     data = dataset(write_lines(folder / "lines.jsonl", lines))
-    assert len(data) == 1
+    assert len(data) == 3
     assert len(data.skipped) == len(unusable)
     for number, ((place, reason), (name, why)) in enumerate(zip(data.skipped, unusable.items(), strict=True), start=2):
         assert place == f"{folder}/lines.jsonl:{number}"
         assert reason.startswith(f"picture {why}: {name}")
+
+
+@pytest.mark.parametrize(
+    ("written", "answers"),
+    [
+        ("3", ("3",)),
+        ("3.50", ("3.50",)),
+        ("-1e3", ("-1e3",)),
+        ("9" * 5000, ("9" * 5000,)),
+        ("true", ("true",)),
+        ("false", ("false",)),
+        ('["no", "Yes", "yes.", 3, "Yes"]', ("Yes", "no", "yes.", "3")),
+        ('["", " b ", null]', ("b",)),
+        ('"Yes<|endoftext|>"', ("Yes",)),
+        ('"Yes. <|endoftext|> <|endoftext|>\\n"', ("Yes.",)),
+        ('["<|endoftext|>", "No<|endoftext|>"]', ("No",)),
+        ('"a <|endoftext|> b"', ("a <|endoftext|> b",)),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_an_answer_may_be(folder, written, answers):
+    line = '{"image_path": "a.png", "question": "Q", "answer": ' + written + "}"
+    data = read(folder, line, max_text_tokens=9000)
+    assert data[0].answers == answers and data[0].answer == answers[0]
+
+
+@pytest.mark.parametrize("written", ['""', '" "', "null", "[]", '[""]', '"<|endoftext|>"'])
+def test_a_line_without_an_answer_is_skipped_and_counted(folder, written):
+    data = read(folder, json.dumps(LINE) + '\n{"image_path": "a.png", "question": "Q", "answer": ' + written + "}")
+    assert len(data) == 1 and data.skipped == [(f"{folder}/lines.jsonl:2", "answer empty")]
+
+
+@pytest.mark.parametrize("name", ["image_path", "question"])
+@pytest.mark.parametrize("value", ["", "\t", None])
+def test_a_line_without_picture_or_question_is_skipped_and_counted(folder, name, value):
+    data = dataset(write_lines(folder / "lines.jsonl", [LINE, {**LINE, name: value}]))
+    assert len(data) == 1 and data.skipped == [(f"{folder}/lines.jsonl:2", f"{name} empty")]
+
+
+def test_no_special_token_comes_out_of_a_text(folder, tokenizer):
+    words = "<|endoftext|> a <|endoftext|> b"
+    data = dataset(write_lines(folder / "lines.jsonl", [{**LINE, "question": words, "answer": words}]))
+    assert tokenizer.eos_token_id not in data[0].prompt_ids + data[0].answer_ids[:-1]
+    assert tokenizer.decode(data[0].prompt_ids) == f"\n\nQuestion: {words}\n\nAnswer:"
+    assert tokenizer.decode(data[0].answer_ids[:-1]) == f" {words}"
+
+
+def test_what_an_example_is_does_not_hang_on_its_files_name(folder, monkeypatch):
+    path = write_lines(folder / "lines.jsonl", [LINE, {**LINE, "answer": "That."}, {**LINE, "question": "Why?"}])
+    keys = [example.key for example in dataset(path)]
+    monkeypatch.chdir(folder)
+    assert [example.key for example in dataset(Path("lines.jsonl"))] == keys and len(set(keys)) == 3
+
+
+def test_where_most_pictures_are_missing_it_is_an_error(folder):
+    """It says what was looked for, where, and what is there; up to a half they are skipped."""
+    (folder / "photos").mkdir()
+    draw_picture(folder / "photos" / "c.png", 3)
+    missing = [{**LINE, "image_path": f"images/{name}.png"} for name in "cdef"]
+    data = dataset(write_lines(folder / "lines.jsonl", [LINE] * 4 + missing))
+    assert len(data) == 4 and data.skipped[0][1] == "picture not found: images/c.png"
+    with pytest.raises(InputError) as error:
+        dataset(write_lines(folder / "lines.jsonl", [LINE] * 3 + missing))
+    assert str(error.value) == (
+        f"4 of 7 lines in {folder}/lines.jsonl name a picture that is not there, such as {folder}/lines.jsonl:4: "
+        f"images/c.png, looked for in {folder} and {Path.cwd()}; nearest is photos/c.png"
+    )
+
+
+def test_the_nearest_name_is_one_that_is_spelled_alike(folder):
+    with pytest.raises(InputError, match=r"looked for in .*; nearest is a\.png$"):
+        dataset(write_lines(folder / "lines.jsonl", [{**LINE, "image_path": "aa.png"}]))
 
 
 @pytest.mark.parametrize(
@@ -104,14 +176,17 @@ def test_unusable_pictures_are_skipped_and_counted(folder):
         ('"text"', "not a JSON object"),
         ("{}", '"image_path" is missing'),
         ('{"image_path": "a.png", "question": "Q"}', '"answer" is missing'),
-        ('{"image_path": "a.png", "question": "Q", "answer": 5}', '"answer" is not a text'),
-        ('{"image_path": "a.png", "question": null, "answer": "A"}', '"question" is not a text'),
-        ('{"image_path": "a.png", "question": "Q", "answer": "  "}', '"answer" is empty'),
-        ('{"image_path": "", "question": "Q", "answer": "A"}', '"image_path" is empty'),
+        ('{"image_path": "a.png", "question": "Q", "answer": {"text": "A"}}', '"answer" is not a text'),
+        ('{"image_path": "a.png", "question": "Q", "answer": ["A", ["B"]]}', '"answer" is not a text'),
+        ('{"image_path": "a.png", "question": 5, "answer": "A"}', '"question" is not a text'),
+        ('{"image_path": ["a.png"], "question": "Q", "answer": "A"}', '"image_path" is not a text'),
+        ('{"image_path": "a.png", "question": "Q", "answer": NaN}', "not JSON: NaN is no number"),
+        ('{"image_path": "a.png", "question": "Q", "answer": "A", "question": "R"}', '"question" stands twice in it'),
+        ('{"image_path": "a.png", "question": "Q", "answer": "A", "meta": {"a": 1, "a": 2}}', '"a" stands twice in it'),
+        ('{"image_path": "a.png", "question": "Q", "answer": "\\ud83d"}', "lone surrogate"),
         ('{"image_path": "a.png", "question": "\\ud83d", "answer": "A"}', "lone surrogate"),
         ('{"image_path": "a.png", "question": "\\udc00", "answer": "A"}', "lone surrogate"),
         ("[" * 100_000, "nested too deep"),
-        ('{"n": ' + "9" * 5000 + "}", "not JSON"),
     ],
 )
 def test_a_malformed_line_is_named(folder, line, wrong):
@@ -145,8 +220,9 @@ def test_the_first_ten_malformed_lines_are_named(folder):
 def test_nothing_left_is_an_error(folder):
     with pytest.raises(InputError, match="no example that can be used"):
         read(folder, "\n\n")
-    with pytest.raises(InputError, match=r"no example(.|\n)*picture not found: gone.png"):
-        dataset(write_lines(folder / "lines.jsonl", [{**LINE, "image_path": "gone.png"}]))
+    (folder / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"no example(.|\n)*picture broken: text.png"):
+        dataset(write_lines(folder / "lines.jsonl", [{**LINE, "image_path": "text.png"}]))
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "."])

@@ -5,11 +5,11 @@ import weakref
 import pytest
 import torch
 
-from moondream2 import evaluation
-from moondream2.evaluation import accuracy_of, draw_questions, evaluate
+from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_new_tokens
+from moondream2.modeling_moondream2 import Answer
 from moondream2.pictures import pixels_of
 from moondream2.rows import whole_rows
-from tests.conftest import dataset, layer_out
+from tests.conftest import dataset, draw_picture, layer_out, write_lines
 from tests.test_training import plain_losses
 
 
@@ -36,18 +36,48 @@ def test_the_loss_is_the_mean_over_answer_tokens_whatever_the_batch(tiny, tokeni
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_answers_are_those_of_answer_question(tiny, tokenizer, valid, batch_size):
-    expected = {}
+def test_answers_are_those_of_answer_questions(tiny, tokenizer, valid, batch_size):
+    """With their probabilities, though they come out of the pass that gave the loss."""
+    expected, tiny.generation_config.max_new_tokens = {}, 20
     for example in valid.examples:
         embeds = tiny.encode_image([pixels_of(valid.pictures[example.picture], tiny.vision_encoder.preprocess)])
-        expected[example.source] = tiny.answer_question(
-            embeds, example.question, tokenizer, max_new_tokens=evaluation.MAX_NEW_TOKENS
-        )
+        answers = tiny.answer_questions(embeds, [[example.question]], tokenizer, return_probabilities=True)
+        expected[example.key] = answers[0][0]
     for most in (1000, 3, 0):
         asked = draw_questions(valid, most, 0)
         _, answers = evaluate(tiny, tokenizer, batches_of(tiny, tokenizer, valid, batch_size), asked)
-        assert answers.items() <= expected.items() and len(answers) == min(most, len(valid))
+        assert answers.keys() == asked and len(answers) == min(most, len(valid))
+        for key, answer in answers.items():
+            assert (answer.text, answer.is_cut) == (expected[key].text, expected[key].is_cut)
+            assert answer.probability == pytest.approx(expected[key].probability, rel=1e-4)
     assert accuracy_of(valid, {}) is None
+
+
+def test_an_answer_may_be_longer_than_the_longest_of_the_data(folder_of, tokenizer):
+    short, long = (folder_of(answer="word " * words) for words in (3, 200))
+    assert most_new_tokens([short, short], 2048 - 82) == 64
+    longest = len(long[0].answer_ids)
+    assert longest > 200
+    assert most_new_tokens([short, long], 2048 - 82) == most_new_tokens([long, short], 2048 - 82) == longest * 5 // 4
+    assert most_new_tokens([short, long], longest + 1) == longest + 1
+
+
+@pytest.fixture
+def folder_of(tmp_path, tokenizer):
+    """A dataset of one line with such an answer."""
+    draw_picture(tmp_path / "a.png", 1)
+
+    def made(answer):
+        line = {"image_path": "a.png", "question": "Q", "answer": answer}
+        return dataset(write_lines(tmp_path / "lines.jsonl", [line]), tokenizer)
+
+    return made
+
+
+def test_any_of_several_answers_is_right(folder_of):
+    data = folder_of(answer=["no", "yes", "Yes", "maybe"])
+    for text, share in (("YES.", 1), ("no", 1), ("Maybe", 1), ("never", 0)):
+        assert accuracy_of(data, {data[0].key: Answer(text, 1.0, False)}) == share
 
 
 def test_the_questions_that_are_asked_are_those_of_the_seed(valid):
@@ -55,8 +85,8 @@ def test_the_questions_that_are_asked_are_those_of_the_seed(valid):
 
 
 def test_accuracy_is_of_the_questions_that_were_asked(valid):
-    first, second, third = (example.source for example in valid.examples[:3])
-    answers = {first: valid[0].answer.upper(), second: "something else", third: valid[2].answer}
+    texts = valid[0].answer.upper(), "something else", valid[2].answer
+    answers = {example.key: Answer(text, 1.0, False) for example, text in zip(valid, texts, strict=False)}
     assert accuracy_of(valid, answers) == pytest.approx(2 / 3)
 
 
@@ -77,7 +107,10 @@ def test_the_keys_and_values_of_one_batch_are_held(tiny, tokenizer, valid, monke
     def after(module, args, inputs, out):
         caches.append(weakref.ref(out.past_key_values))
 
-    monkeypatch.setattr(tiny, "decode", lambda first, *args: [[[each] for each in row] for row in first.tolist()])
+    def first_tokens(logits, *args, **kwargs):
+        return [[([each], 1.0) for each in row] for row in logits.argmax(-1).tolist()]
+
+    monkeypatch.setattr(tiny, "decode", first_tokens)
     tiny.text_model.register_forward_pre_hook(before, with_kwargs=True)
     tiny.text_model.register_forward_hook(after, with_kwargs=True)
     load = layer_out(tiny, tokenizer, valid)

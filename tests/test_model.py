@@ -140,18 +140,20 @@ def test_encode_image_takes_a_picture_a_list_or_a_tensor(model):
 
 
 def naive_answer(model, tokenizer, image_embeds, prompt, tokens):
-    """Greedy decoding that computes everything anew for each token."""
+    """Greedy decoding that computes everything anew for each token; the text, and the product of a plain softmax."""
     ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
-    answer = []
+    answer, probability = [], 1.0
     for _ in range(tokens):
         embeds = model.get_input_embeddings()(torch.tensor([ids + answer]))
         embeds = torch.cat([embeds[:, :1], image_embeds, embeds[:, 1:]], dim=1)
         with torch.no_grad():
-            token = model.text_model(inputs_embeds=embeds).logits[0, -1].argmax().item()
+            chances = model.text_model(inputs_embeds=embeds).logits[0, -1].softmax(0)
+        token = chances.argmax().item()
+        probability *= chances[token].item()
         if token == tokenizer.eos_token_id:
             break
         answer.append(token)
-    return tokenizer.decode(answer).strip()
+    return tokenizer.decode(answer).strip(), probability
 
 
 QUESTIONS = [["What is it?", "How many people are on the crossing?", "Why?"], ["Is a car waiting?"], ["And?", "Where?"]]
@@ -163,10 +165,42 @@ def test_answers_are_those_of_naive_decoding(model, tokenizer):
         [naive_answer(model, tokenizer, embeds[r : r + 1], prompt_text(q), 24) for q in row]
         for r, row in enumerate(QUESTIONS)
     ]
-    assert any(len(answer) > 3 for row in expected for answer in row)
-    assert model.answer_questions(embeds, QUESTIONS, tokenizer, max_new_tokens=24) == expected
+    texts = [[text for text, _ in row] for row in expected]
+    assert any(len(text) > 3 for row in texts for text in row)
+    assert model.answer_questions(embeds, QUESTIONS, tokenizer, max_new_tokens=24) == texts
     one = model.answer_question(embeds[:1], QUESTIONS[0][1], tokenizer, max_new_tokens=24)
-    assert one == expected[0][1]
+    assert one == texts[0][1]
+
+
+@pytest.mark.parametrize("tokens", [24, 2])
+def test_an_answers_probability_is_that_of_all_its_tokens(model, tokenizer, tokens):
+    """The end included, in a batch as alone; of an answer that was cut, of those that it has."""
+    embeds = model.encode_image([picture(), picture((640, 480), "red"), picture((200, 300), "navy")])
+    options = {"max_new_tokens": tokens, "return_probabilities": True}
+    together = model.answer_questions(embeds, QUESTIONS, tokenizer, **options)
+    assert {answer.is_cut for row in together for answer in row} == {tokens == 2}
+    for r, (row, answers) in enumerate(zip(QUESTIONS, together, strict=True)):
+        for question, answer in zip(row, answers, strict=True):
+            alone = model.answer_questions(embeds[r : r + 1], [[question]], tokenizer, **options)[0][0]
+            text, probability = naive_answer(model, tokenizer, embeds[r : r + 1], prompt_text(question), tokens)
+            assert answer.text == alone.text == text and answer.is_cut == alone.is_cut
+            assert answer.probability == pytest.approx(probability, rel=1e-4)
+            assert alone.probability == pytest.approx(probability, rel=1e-4)
+
+
+def test_an_answer_ends_at_the_last_position(model, tokenizer):
+    prefix, ids = 1 + model.config.image_tokens, tokenizer("Why?", add_special_tokens=False).input_ids
+    model.config.text_config.max_position_embeddings = prefix + len(ids) + 5
+    ((answer, _),) = model.generate_ids(model.encode_image(picture()), [[ids]], bos=0, eos=-2, max_new_tokens=50)[0]
+    assert len(answer) == 6  # its last token is never read
+
+
+def test_no_special_token_comes_out_of_a_question(model, tokenizer, monkeypatch):
+    asked, decode = [], model.generate_ids
+    monkeypatch.setattr(model, "generate_ids", lambda *arguments: (asked.append(arguments[1]), decode(*arguments))[1])
+    model.answer_question(model.encode_image(picture()), "a<|endoftext|>b", tokenizer, max_new_tokens=1)
+    assert tokenizer.eos_token_id not in asked[0][0][0]
+    assert tokenizer.decode(asked[0][0][0]) == prompt_text("a<|endoftext|>b")
 
 
 def test_batch_answer_and_caption(model, tokenizer):
@@ -177,7 +211,7 @@ def test_batch_answer_and_caption(model, tokenizer):
     ]
     assert model.batch_answer(pictures, questions, tokenizer, max_new_tokens=24) == expected
     short = naive_answer(model, tokenizer, model.encode_image(pictures[0]), "\n\nShort caption:", 16)
-    assert model.caption(pictures[:1], tokenizer, length="short", max_new_tokens=16) == [short]
+    assert model.caption(pictures[:1], tokenizer, length="short", max_new_tokens=16) == [short[0]]
 
 
 def test_answers_are_no_longer_than_asked_for(model, tokenizer, monkeypatch):
@@ -192,11 +226,20 @@ def test_answers_are_no_longer_than_asked_for(model, tokenizer, monkeypatch):
     assert most == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("stored", "tokens"), [(3, 3), (None, 256)])
+def test_an_answers_length_is_stored_with_the_model(model, tmp_path, stored, tokens):
+    model.generation_config.max_new_tokens = stored
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ((answer, _),) = again.generate_ids(again.encode_image(picture()), [[[5, 6, 7]]], bos=0, eos=-2)[0]
+    assert len(answer) == tokens
+
+
 def test_a_new_token_costs_one_tokens_work(model, tokenizer):
     seen = []
     model.text_model.transformer.h[0].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:2]))
     ids = model.generate_ids(model.encode_image(picture()), [[[5, 6, 7], [8, 9]]], bos=0, eos=-1, max_new_tokens=4)
-    assert [len(answer) for answer in ids[0]] == [4, 4]
+    assert [len(answer) for answer, _ in ids[0]] == [4, 4]
     assert [tuple(each) for each in seen] == [(1, 1 + model.config.image_tokens + 5), (1, 2), (1, 2), (1, 2)]
 
 

@@ -24,6 +24,8 @@ from selenium.webdriver.common.keys import Keys
 from moondream2 import report
 from moondream2.card import model_card
 from moondream2.cli import InputError
+from moondream2.data import Example
+from moondream2.modeling_moondream2 import Answer
 from moondream2.report import PALETTE, facts, machine, predictions, result_warnings, scores_of, verdict, write_report
 
 EVIL = "</script><script>window.evil = 1</script>\"'><img src=nothing onerror='window.evil = 1'>{{ 7 * 7 }}"
@@ -38,9 +40,14 @@ def prediction(file, number, question, answer, before, after):
         "source": f"valid.jsonl:{number}",
         "question": question,
         "answer": answer,
+        "answers": [answer],
         "before": before,
-        "after": after,
+        "before_probability": None if before is None else 0.5,
+        "before_cut": None if before is None else False,
         "before_correct": None if before is None else before == answer,
+        "after": after,
+        "after_probability": 0.75,
+        "after_cut": False,
         "after_correct": after == answer,
     }
 
@@ -328,7 +335,7 @@ def dataset(name, skipped=()):
     """Two examples on a picture."""
     texts = [("Is it safe to cross?", "Yes."), ("How many cars?", "Two.")]
     examples = [
-        SimpleNamespace(source=f"{name}:{i}", image_path="a.jpg", question=question, answer=answer, picture="key")
+        Example(f"{name}:{i}", "a.jpg", question, (answer,), picture="key", prompt_ids=[1], answer_ids=[2])
         for i, (question, answer) in enumerate(texts, start=1)
     ]
     pictures = {"key": SimpleNamespace(path=Path("images/a.jpg"))}
@@ -348,26 +355,53 @@ LEFT_OUT = [["valid.jsonl:7", "picture broken: 7.jpg: the file has changed"]]
 
 
 def test_predictions_are_of_what_was_asked():
-    before, after = {"valid.jsonl:2": "three"}, {"valid.jsonl:2": "2"}
-    assert predictions(dataset("valid.jsonl"), before, after) == [
+    valid = dataset("valid.jsonl")
+    key = valid.examples[1].key
+    before, after = {key: Answer("three", 0.25, True)}, {key: Answer("2", 0.5, False)}
+    assert predictions(valid, before, after) == [
         {
             "source": "valid.jsonl:2",
             "image_path": "a.jpg",
             "file": str(Path("images/a.jpg")),
             "question": "How many cars?",
             "answer": "Two.",
+            "answers": ["Two."],
             "before": "three",
-            "after": "2",
+            "before_probability": 0.25,
+            "before_cut": True,
             "before_correct": False,
+            "after": "2",
+            "after_probability": 0.5,
+            "after_cut": False,
             "after_correct": True,
         }
     ]
-    (alone,) = predictions(dataset("valid.jsonl"), {}, after)
-    assert (alone["before"], alone["before_correct"]) == (None, None)
+    (alone,) = predictions(valid, {}, after)
+    assert {alone[name] for name in alone if name.startswith("before")} == {None}
+
+
+def test_an_answer_that_was_cut_is_marked_and_all_right_ones_are_shown(open_page, answers):
+    answers[0] |= {"answers": ["Yes.", "Sure."], "before_cut": True}
+    answers[1] |= {"after_cut": True}
+    first, second = open_page(make_run(answers)).find_elements(By.CLASS_NAME, "question")[:2]
+    told = [[each.text.replace("\n", " ") for each in q.find_elements(By.TAG_NAME, "dd")] for q in (first, second)]
+    cut = "cut off here: it was longer"
+    assert told == [
+        ["Yes. / Sure.", f"✗ wrong No. {cut}", "✓ right Yes."],
+        ["Two cars.", "✓ right Two cars.", f"✗ wrong Three cars. {cut}"],
+    ]
+
+
+def test_a_question_without_an_answer_to_compare_with_is_shown(open_page, answers):
+    answers[0] |= {"answer": None, "answers": [], "after_correct": None}
+    question = open_page(scored(answers)).find_element(By.CLASS_NAME, "question")
+    assert question.text.split("\n")[:3] == ["Is it safe to cross?", "Answer", "Yes."]
 
 
 def test_facts_are_what_the_report_shows(open_page):
-    answers = predictions(dataset("valid.jsonl"), {}, {"valid.jsonl:1": "Yes.", "valid.jsonl:2": "One."})
+    valid = dataset("valid.jsonl")
+    said = {example.key: Answer("Yes.", 0.9, False) for example in valid.examples}
+    answers = predictions(valid, {}, said)
     run = make_run()
     parts = run["data"], run["history"], run["kept_epoch"], answers, SKIPPED, LEFT_OUT
     made = facts("crossings", CONSTANTS, *parts, machine(torch.device("cpu"), 12.34))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_it_learns_to_see_and_not_only_words(sample, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(sample[0], dtype=torch.bfloat16).eval()
     rows = whole_rows(valid.examples, 82, 32, 1966)
     lay = layer_out(model, tokenizer, valid, folder=sample[0].parent / "features")
-    asked = {example.source for example in valid}
+    asked = {example.key for example in valid}
 
     def accuracy_with(pictures):
         _, answers = evaluate(model, tokenizer, (lay(batch, pictures=pictures) for batch in rows), asked)
@@ -103,7 +104,7 @@ def test_predictions_are_the_kept_epochs(sample):
     assert sum(line["after_correct"] for line in lines) / 96 == best["valid_accuracy"]
     assert sum(line["before_correct"] for line in lines) / 96 == records[0]["valid_accuracy"]
     for line in lines:
-        assert line["after_correct"] == is_correct(line["after"], line["answer"])
+        assert line["after_correct"] == is_correct(line["after"], tuple(line["answers"]))
 
 
 def test_the_cards_lines_load_the_model_and_ask_it(sample):
@@ -141,32 +142,71 @@ def test_tensorboard_has_steps_and_epochs(sample):
     assert accuracies == pytest.approx([record["valid_accuracy"] for record in records])
 
 
-def test_asking_from_the_shell(sample, tmp_path):
-    def ask(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "moondream2.ask", *words], cwd=ROOT, capture_output=True, text=True
-        )
-
+def test_asking_from_the_shell(sample, run_ask, tmp_path):
     line = json.loads((sample[0] / "predictions.jsonl").read_text().splitlines()[0])
-    done = ask(sample[0], line["image_path"], line["question"])
+    command = [sys.executable, "-m", "moondream2.ask", sample[0], line["image_path"], line["question"]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == line["after"]
 
-    done = ask(sample[0], "valid.jsonl", "--output_dir", tmp_path / "scored")
+    out = run_ask(sample[0], ROOT / "valid.jsonl", "--output_dir", tmp_path / "scored")
     best = min(history(sample[0])[1:], key=lambda record: record["valid_loss"])
-    assert f"accuracy: {best['valid_accuracy']:.1%}" in done.stdout
-    loss = float(done.stdout.split("Avg Loss: ")[1].split(",")[0])
+    assert f"accuracy: {best['valid_accuracy']:.1%}" in out
+    loss = float(out.split("Avg Loss: ")[1].split(",")[0])
     assert loss == pytest.approx(best["valid_loss"], abs=1e-3)
     assert len((tmp_path / "scored" / "predictions.jsonl").read_text().splitlines()) == 96
     assert "<html" in (tmp_path / "scored" / "report.html").read_text()
 
     there = {**line, "image_path": str(ROOT / line["image_path"])}
     lines = write_lines(tmp_path / "some.jsonl", [{**there, "image_path": "gone.jpg"}, there])
-    done = ask(sample[0], lines, "--output_dir", tmp_path / "some")
-    assert "1 lines skipped, 1 left" in done.stdout and "some.jsonl:1: picture not found: gone.jpg" in done.stdout
-    assert "1 questions: Avg Loss: " in done.stdout
+    out = run_ask(sample[0], lines, "--output_dir", tmp_path / "some")
+    assert "1 lines skipped, 1 left" in out and "some.jsonl:1: picture not found: gone.jpg" in out
+    assert "1 questions: Avg Loss: " in out
 
-    done = ask(sample[0], "images/valid_001.jpg")
-    assert done.returncode == 1 and done.stderr.startswith("error: give a picture and at least one question")
+
+@pytest.fixture
+def run_ask(monkeypatch, capsys):
+    """`run_ask(model, file, ...)` runs `python -m moondream2.ask` in this process; returns what it printed."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["ask.py", *map(str, words)])
+        ask.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_questions_without_an_answer_are_answered_and_not_scored(run_ask, data, tmp_path):
+    lines = [json.loads(line) for line in (data / "valid.jsonl").read_text().splitlines()]
+    run_ask(TINY, data / "valid.jsonl", "--output_dir", tmp_path / "all")
+    expected = [json.loads(line) for line in (tmp_path / "all" / "predictions.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        del line["answer"]
+    lines[1]["answer"] = ""
+    out = run_ask(TINY, write_lines(data / "some.jsonl", lines), "--output_dir", tmp_path / "some")
+    answers = [json.loads(line) for line in (tmp_path / "some" / "predictions.jsonl").read_text().splitlines()]
+    assert [each["after"] for each in answers] == [each["after"] for each in expected]
+    assert [each["after_correct"] for each in answers] == [expected[0]["after_correct"]] + [None] * 6
+    assert [each["answers"] for each in answers] == [expected[0]["answers"]] + [[]] * 6
+    assert "6 questions have no answer to compare with" in out and "1 questions: Avg Loss: " in out
+
+    out = run_ask(TINY, write_lines(data / "none.jsonl", lines[1:]), "--output_dir", tmp_path / "none")
+    assert "Avg Loss" not in out and "accuracy" not in out
+    answers = [json.loads(line) for line in (tmp_path / "none" / "predictions.jsonl").read_text().splitlines()]
+    assert [each["after"] for each in answers] == [each["after"] for each in expected[1:]]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["images/valid_001.jpg"], "give a picture and at least one question"),
+        (["valid.jsonl", "Why?"], "give a picture and at least one question"),
+        (["valid.json"], "valid.json is neither a picture nor a .jsonl file"),
+        (["valid.CSV", "Why?"], "valid.CSV is neither a picture nor a .jsonl file"),
+    ],
+)
+def test_what_can_not_be_asked_is_one_line(run_ask, words, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        run_ask(TINY, *words)
 
 
 def test_asking_a_model_that_is_not_there_is_one_line():

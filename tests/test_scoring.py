@@ -57,7 +57,7 @@ def test_normalizing_twice_changes_nothing(answer):
 
 @pytest.mark.parametrize(("prediction", "answer"), [("5", "-5"), ("5", "50"), ("no", "yes"), ("?", "!"), ("A", "B")])
 def test_different_answers_stay_different(prediction, answer):
-    assert not is_correct(prediction, answer)
+    assert not is_correct(prediction, (answer,))
 
 
 def test_accuracy_is_the_fraction_that_is_right_of_what_was_asked():
@@ -67,7 +67,7 @@ def test_accuracy_is_the_fraction_that_is_right_of_what_was_asked():
 
 
 def examples(*pairs):
-    return [SimpleNamespace(question=question, answer=answer) for question, answer in pairs]
+    return [SimpleNamespace(question=question, answer=answer, answers=(answer,)) for question, answer in pairs]
 
 
 TRAIN = examples(

@@ -18,6 +18,7 @@ def dataset(name, lines, sizes=None, skipped=()):
             picture=picture,
             question=question,
             answer=answer,
+            answers=(answer,),
             source=f"{name}:{number}",
             prompt_ids=question.split(),
             answer_ids=[*answer.split(), "<end>"],
@@ -113,6 +114,37 @@ def test_warning_of_contradicting_answers():
     ]
 
 
+def test_answers_of_which_one_is_right_for_both_are_no_contradiction():
+    train = dataset("train.jsonl", plenty("t") + [("t0", "question 0", "a"), ("t0", "question 0", "b")])
+    for example, answers in zip(train.examples[-2:], [("A", "answer 0"), ("b", "a")], strict=True):
+        example.answers = answers
+    found = summarize(train, dataset("valid.jsonl", plenty("v")))["warnings"]
+    assert [each for each in found if "different answers" in each] == [
+        "1 question is asked of its picture more than once, with different answers (train.jsonl:42)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "words"),
+    [
+        ("<image>\nWhat?", "b", "<image>"),
+        ("Question: What?", "b", "Question:"),
+        ("What?\n\nAnswer:", "b", "Answer:"),
+        ("What?", "a <|endoftext|> b", "<|endoftext|>"),
+        ("<|im_start|>What?", "[INST] b </s>", "<|im_start|>, [INST], </s>"),
+    ],
+)
+def test_warning_of_a_formats_words(question, answer, words):
+    (found,) = [each for each in warnings(train=[*plenty("t"), ("x", question, answer)]) if "format" in each]
+    assert sorted(found.split(": ", 1)[1].removesuffix(" (train.jsonl:41)").split(", ")) == sorted(words.split(", "))
+    assert found.startswith("1 example has words of a format in question or answer, taken as plain text: ")
+
+
+def test_no_warning_of_words_that_only_look_alike():
+    lines = [("x", "What is the Answer: 5?", "a < b | c > d"), ("y", "Which Question: is it?", "<b>x</b>, [1]")]
+    assert not [each for each in warnings(train=plenty("t") + lines) if "format" in each]
+
+
 @pytest.mark.parametrize(("lines", "expected"), [(19, 1), (20, 0)])
 def test_warning_of_a_small_validation_set(lines, expected):
     found = [warning for warning in warnings(valid=plenty("v", lines)) if "has only" in warning]
@@ -183,6 +215,7 @@ def test_table():
         "baseline:  0.0% accuracy, by always giving a question's most frequent answer",
         "warning:   1 picture stands in both train.jsonl and valid.jsonl (valid.jsonl:10): a leak makes",
         "           validation mean nothing",
+        "warning:   5 lines name a picture that is not there, of 11 in train.jsonl",
         "warning:   valid.jsonl has only 10 examples: one answer moves the accuracy by 10%",
     ]
 
