@@ -185,7 +185,7 @@ def test_the_readmes_python_asks_the_default_output_dir():
 
 def test_the_readmes_line_is_one_of_data():
     (line,) = [line for line in INDENTED.findall(README.read_text(encoding="utf-8")) if line.strip().startswith("{")]
-    assert len(parse_line(line)) == 3
+    assert all(parse_line(line, "<|endoftext|>", is_labelled=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

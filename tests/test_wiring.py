@@ -17,7 +17,7 @@ from moondream2 import ask, launch
 from moondream2.cli import InputError
 from moondream2.pictures import pixels_of
 from moondream2.scoring import is_correct
-from tests.conftest import TINY, dataset
+from tests.conftest import TINY, dataset, write_lines
 from tests.test_training import plain_losses
 
 
@@ -142,6 +142,17 @@ def test_both_files_are_read_once(flags, run_main, monkeypatch):
     monkeypatch.setattr(script, "read_lines", lambda path, *more: (read.append(path), read_lines(path, *more))[1])
     run_main(**flags)
     assert read == [flags["train_file"], flags["valid_file"]]
+
+
+def test_answers_may_be_as_long_as_the_data_s(flags, run_main, data):
+    """Of either file; and so of the saved model."""
+    lines = [json.loads(line) for line in (data / "valid.jsonl").read_text().splitlines()]
+    lines[0]["answer"] = "word " * 100
+    write_lines(data / "valid.jsonl", lines)
+    run_main(**flags)
+    longest = max(len(example.answer_ids) for example in dataset(data / "valid.jsonl"))
+    saved = json.loads((flags["output_dir"] / "generation_config.json").read_text())
+    assert saved["max_new_tokens"] == longest * 5 // 4 > 64
 
 
 def test_a_rows_prefix_is_that_of_the_model(flags, run_main, monkeypatch):
