@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch.distributed.fsdp import FSDPModule
 
 from moondream2.cli import InputError
+from moondream2.machine import refuse_without_bfloat16, what_it_runs_on
 
 TRACKED = "finetune_moondream"  # a tracker's project, and the folder that tensorboard fills in OUTPUT_DIR
 TIMEOUT = timedelta(minutes=10)  # after which a process that does not answer counts as dead
@@ -32,8 +33,11 @@ LOST = (  # what a process is told whose partner ended, or did not answer in tim
 def start(tracker=None, folder=None):
     """The Accelerator of this process, which has met the others; a tracker that writes files does so in `folder`.
 
+    The main process says what the run runs on.
+
     Raises:
-        InputError: they were launched in a way that this script doesn't train in, or the tracker is not installed.
+        InputError: they were launched in a way that this script doesn't train in, or on a card that it doesn't train
+            on, or the tracker is not installed.
     """
     if tracker and not importlib.util.find_spec(tracker):
         raise InputError(f"TRACKER {tracker!r} needs its package: pip install {tracker}")
@@ -52,6 +56,10 @@ def start(tracker=None, folder=None):
             raise InputError(
                 "this FSDP configuration is not one that the run is made for: use --config_file moondream2/fsdp.yaml"
             )
+    refuse_without_bfloat16(accelerator.device)
+    if accelerator.is_main_process:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        print(what_it_runs_on(accelerator.device, accelerator.num_processes, here), flush=True)
     return accelerator
 
 

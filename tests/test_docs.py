@@ -23,7 +23,7 @@ FENCED = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
 INDENTED = re.compile(r"^    (?:.*\\\n)*.+", re.M)  # a line that ends in a backslash goes on in the next
 INLINE = re.compile(r"`([^`]+)`")
 OTHERS = {"CUDA out of memory"}  # a message of torch
-ENVIRONMENT = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "OMP_NUM_THREADS"}  # variables that the pages name
+ENVIRONMENT = {"ACCELERATE_USE_CPU", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "OMP_NUM_THREADS"}  # that pages name
 OTHER_FLAGS = {"--machine_rank", "--shm-size"}  # of accelerate, and of a container's start
 RUNNABLE = re.compile(r"(\w+=\S+ )*(python|accelerate|pip|hf) ")
 

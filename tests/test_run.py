@@ -38,6 +38,7 @@ def history(folder):
 def test_what_it_prints(sample):
     folder, out = sample
     lines = out.splitlines()
+    assert lines[0].startswith("Running on the CPU, ")
     parameters = AutoModelForCausalLM.from_pretrained(TINY)
     total = sum(p.numel() for p in parameters.parameters())
     trainable = total - sum(p.numel() for p in parameters.vision_encoder.parameters())

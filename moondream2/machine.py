@@ -1,0 +1,61 @@
+"""What a run runs on: its first line says it, and a card that lacks bfloat16 ends it there."""
+
+import os
+import shutil
+
+import psutil
+import torch
+
+from moondream2.cli import InputError
+
+OTHERS = {"mps": "Apple's GPU (MPS)"}  # than NVIDIA's, AMD's and the CPU; no run was ever tried on one
+ON_CPU = "with ACCELERATE_USE_CPU=true in the environment it runs on the CPU"
+
+
+def refuse_without_bfloat16(device):
+    """Raises InputError where this process's card has no bfloat16 of its own, in which the weights are trained."""
+    # Unless told otherwise torch also counts cards that only emulate it.
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16 of its own, in which this script trains: "
+            f"take an NVIDIA card of the Ampere generation or newer (RTX 30, A10, A100, L4); {ON_CPU}, slowly"
+        )
+
+
+def what_it_runs_on(device, processes=1, on_this_machine=1):
+    """A sentence about the device, the cards that are idle beside it, and how to use them.
+
+    Args:
+        device: of the main process.
+        processes: how many the run has, and how many of them are `on_this_machine`.
+    """
+    where = "Running" if processes == 1 else f"Running in {processes} processes, the first"
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        idle = torch.cuda.device_count() - on_this_machine
+        return f"{where} on {torch.cuda.get_device_name(device)}, {gib(memory)}{idle_cards(idle, processes)}"
+    memory = gib(psutil.virtual_memory().total)
+    if device.type != "cpu":
+        name = OTHERS.get(device.type, device.type)
+        return f"{where} on {name}, {memory} shared with the CPU; nothing was tried on one: {ON_CPU}"
+    slow = "a step of the full Moondream2 takes about a minute on two cores"
+    return f"{where} on the CPU, {os.cpu_count()} cores, {memory}: {slow}{card_in_vain()}"
+
+
+def idle_cards(idle, processes):
+    if idle <= 0:
+        return ""
+    command = f"accelerate launch --num_processes {idle + 1} finetune_moondream.py uses all"
+    cards = f"{idle} more {'card is' if idle == 1 else 'cards are'} idle"
+    return f"; {cards}: {command if processes == 1 else '--num_processes takes one for each'}"
+
+
+def card_in_vain():
+    """What to say on the CPU of a machine that has NVIDIA's driver."""
+    if torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return ""
+    return f"; NVIDIA's driver is here, but torch {torch.__version__} finds no card: see docs/platforms.md"
+
+
+def gib(size):
+    return f"{size / 2**30:.1f} GiB of memory"

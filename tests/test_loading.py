@@ -1,0 +1,182 @@
+"""Models that are no Moondream2 of 2024-08-26 are refused in a line, and what they bring never runs."""
+
+import ast
+import builtins
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune_moondream as script
+from moondream2 import ask
+from moondream2.cli import InputError
+from tests.conftest import ROOT, TINY
+
+CODE = """
+from pathlib import Path
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+Path(__file__).with_name("ran").touch()
+
+class Config(PretrainedConfig):
+    model_type = "other"
+
+class Model(PreTrainedModel):
+    config_class = Config
+
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+CLASSES = {
+    "AutoConfig": "code.Config",
+    "AutoModelForCausalLM": "code.Model",
+    "AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"],
+}
+KERNEL = "kernels-community/flash-attn"  # transformers fetches its code by itself
+
+
+class Command:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.file)!r}, 'w')",)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """`folder(config, tokenizer)`: the small checkpoint with code of its own, and with these changes."""
+    monkeypatch.setattr(builtins, "input", lambda *question: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    copy = tmp_path / "model"
+
+    def make(config=None, tokenizer=None):
+        shutil.copytree(TINY, copy)
+        (copy / "code.py").write_text(CODE)
+        for name, change in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+            (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | (change or {})))
+        return copy
+
+    yield make
+    assert not list(tmp_path.rglob("ran"))
+
+
+def refused(load, folder):
+    """What stands in brackets of the line that refuses it."""
+    with pytest.raises(InputError) as error:
+        load(folder)
+    start = f"{folder} is not Moondream2 of 2024-08-26 ("
+    end = "): give MODEL_ID and REVISION as the script came with them"
+    line = str(error.value)
+    assert line.startswith(start) and line.endswith(end) and "\n" not in line and "trust_remote_code" not in line
+    return line.removeprefix(start).removesuffix(end)
+
+
+def trains(folder):
+    script.load_tokenizer(str(folder), None)
+    return script.load_model(str(folder), None)
+
+
+def asks(folder):
+    return ask.load(str(folder))
+
+
+loads = pytest.mark.parametrize("load", [trains, asks])
+
+
+@loads
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"model_type": "other", "auto_map": CLASSES}, "found other, with code of its own, which is not run"),
+        ({"model_type": "llama", "auto_map": CLASSES}, "found llama, with code of its own, which is not run"),
+        ({"model_type": "llama"}, "found llama"),
+        ({"model_type": "other"}, "found other"),
+        ({"model_type": None}, "found no model_type in a config.json"),
+        ({"attn_implementation": KERNEL}, "it names code for its attention, which is not fetched"),
+        ({"_attn_implementation": f"paged|{KERNEL}"}, "it names code for its attention, which is not fetched"),
+        (
+            {"text_config": {"attn_implementation": KERNEL}},
+            "it names code for its attention, which is not fetched",
+        ),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "its weights are quantized"),
+    ],
+)
+def test_another_model_is_refused_at_its_configuration(folder, load, config, found):
+    assert refused(load, folder(config)) == found
+
+
+@loads
+@pytest.mark.parametrize("text", ["[]", None])
+def test_a_folder_without_a_configuration_is_refused(folder, load, text):
+    file = folder() / "config.json"
+    file.unlink() if text is None else file.write_text(text)
+    assert refused(load, file.parent) == "found no model_type in a config.json"
+
+
+@loads
+def test_a_configuration_that_makes_no_sense_is_refused(folder, load):
+    assert refused(load, folder({"text_config": 5}))
+
+
+@loads
+def test_moondreams_own_network_is_taken_for_that_which_a_folder_brings(folder, load):
+    """The hub's Moondream2 brings its code as well."""
+    load(folder({"auto_map": CLASSES}, {"auto_map": {"AutoTokenizer": CLASSES["AutoTokenizer"]}}))
+
+
+@loads
+def test_a_tokenizer_that_only_its_own_code_can_read_is_refused(folder, load):
+    other = folder(None, {"auto_map": {"AutoTokenizer": CLASSES["AutoTokenizer"]}, "tokenizer_class": "Tokenizer"})
+    assert refused(load, other) == "it brings code of its own, which is not run"
+
+
+@loads
+def test_a_way_to_generate_that_a_folder_brings_is_not_run(folder, load):
+    copy = folder()
+    (copy / "custom_generate").mkdir()
+    (copy / "custom_generate" / "generate.py").write_text(CODE)
+    (copy / "generation_config.json").write_text("{}")
+    load(copy)
+
+
+@loads
+@pytest.mark.parametrize("save", [lambda content, file: file.write_bytes(pickle.dumps(content)), torch.save])
+def test_pickled_weights_run_no_code(folder, load, save, tmp_path):
+    copy = folder()
+    (copy / "model.safetensors").unlink()
+    save({"weight": Command(tmp_path / "ran")}, copy / "pytorch_model.bin")
+    assert refused(load, copy) == "its weights are a pickle of more than tensors, which may be code"
+
+
+def test_pickled_tensors_are_loaded(folder):
+    copy = folder()
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    weights, expected = trains(copy).state_dict(), trains(TINY).state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+@loads
+def test_an_adapter_is_refused(folder, load):
+    """With peft installed transformers would load the model that it names."""
+    copy = folder()
+    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/model"}))
+    assert refused(load, copy) == "it holds an adapter, which this script can't train or ask"
+
+
+def test_every_loading_says_that_no_code_is_run():
+    """Where it is not said, transformers asks the person at the terminal."""
+    calls = [
+        node
+        for file in (ROOT / "finetune_moondream.py", *(ROOT / "moondream2").glob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained"
+    ]
+    said = [[each.value.value for each in call.keywords if each.arg == "trust_remote_code"] for call in calls]
+    assert len(calls) >= 5 and said == [[False]] * len(calls)
