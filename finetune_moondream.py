@@ -96,7 +96,7 @@ class VQADataset(Dataset):
 
     Args:
         lines: of `read_lines`.
-        found: {image_path: Picture, the PictureError that says what is wrong with it, or None where it is no file}.
+        found: {image_path: Picture, or the PictureError that says why there is none}.
     Attributes:
         examples: list of Example.
         pictures: {key: Picture}, one for each different content.
@@ -109,10 +109,8 @@ class VQADataset(Dataset):
         self.path, self.examples, self.pictures, self.skipped = Path(path), [], {}, []
         for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, tokenizer), strict=True):
             picture, tokens = found[line.image_path], len(prompt_ids) + len(answer_ids)
-            if picture is None:
-                self.skipped.append((line.source, f"picture not found: {line.image_path}"))
-            elif isinstance(picture, PictureError):
-                self.skipped.append((line.source, f"picture broken: {line.image_path}: {picture}"))
+            if isinstance(picture, PictureError):
+                self.skipped.append((line.source, picture.reason(line.image_path)))
             elif tokens > max_text_tokens:
                 self.skipped.append((line.source, f"too long: {tokens} tokens of text, {max_text_tokens} fit"))
             else:
@@ -123,7 +121,7 @@ class VQADataset(Dataset):
     def leave_out(self, broken):
         """Skips the examples whose picture could not be decoded; `broken` is {key: reason}. Returns what it skipped."""
         skipped = [
-            (example.source, f"picture broken: {example.image_path}: {broken[example.picture]}")
+            (example.source, PictureError(broken[example.picture]).reason(example.image_path))
             for example in self.examples
             if example.picture in broken
         ]

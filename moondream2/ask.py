@@ -23,7 +23,7 @@ from moondream2.evaluation import accuracy_of, evaluate
 from moondream2.features import FeatureStore
 from moondream2.files import write_text
 from moondream2.loading import checked_loading
-from moondream2.pictures import KnownPictures, Picture, PictureError, find_pictures, look, pixels_of, read_ahead
+from moondream2.pictures import KnownPictures, PictureError, find_pictures, look, pixels_of, read_ahead
 from moondream2.report import facts, machine, predictions, write_report
 from moondream2.rows import lay_out, whole_rows
 
@@ -57,8 +57,8 @@ def read_questions(path, tokenizer, max_text_tokens):
     found = find_pictures(path, lines, KnownPictures(None))
     for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, tokenizer), strict=True):
         picture = found[line.image_path]
-        if not isinstance(picture, Picture):
-            data.skipped.append((line.source, f"picture {picture or 'not found'}: {line.image_path}"))
+        if isinstance(picture, PictureError):
+            data.skipped.append((line.source, picture.reason(line.image_path)))
         elif len(prompt_ids) + len(answer_ids) > max_text_tokens:
             data.skipped.append((line.source, f"too long: {len(prompt_ids) + len(answer_ids)} tokens of text"))
         else:

@@ -5,26 +5,39 @@ import hashlib
 import io
 import json
 import os
+import re
 import time
+import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from PIL import Image
 from tqdm import tqdm
 
 from moondream2.cli import InputError
 from moondream2.files import write_whole
+from moondream2.summary import printable
 
 # A bomb is a small file that unpacks to gigabytes. From this size on Pillow warns; here it is an error.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 THREADS = min(8, os.cpu_count() or 1)  # that read and decode: both leave Python to the other threads meanwhile
+LONGEST_SHOWN = 80  # characters of a picture's path, in a reason
 JUST_CHANGED = 2  # seconds: within them a file may change again and keep its time of change
 
 
 class PictureError(Exception):
-    """A picture that can't be used; the message says why."""
+    """A picture that can't be used; the message says why. Those of the same `kind` are counted as one reason."""
+
+    def __init__(self, message="", kind="picture broken"):
+        super().__init__(message)
+        self.kind = kind
+
+    def reason(self, name):
+        """Why a line whose picture is called `name` is left out: "picture broken: images/a.jpg: it ends early"."""
+        return ": ".join(part for part in (self.kind, shown(name), str(self)) if part)
 
 
 class BrokenPicture(PictureError):
@@ -40,17 +53,58 @@ class Picture:
     size: tuple[int, int]
 
 
+def shown(name):
+    """A picture's path as a person can read it: on one line, without its middle where it is too long."""
+    half = LONGEST_SHOWN // 2
+    return printable(name if len(name) <= LONGEST_SHOWN else f"{name[:half]}…{name[-half + 1 :]}")
+
+
 def find_picture(jsonl, name):
-    """Where a picture lies: beside the JSONL file, else in the working directory; None where it is no file."""
-    candidates = (jsonl.parent / name, Path(name))
-    return next((file for file in candidates if os.path.isfile(file)), None)  # noqa: PTH113, swallows odd names
+    """Where a picture lies: beside the JSONL file, else in the working directory; None where it is no file.
+
+    A path that is no file as it stands is tried in the other ways that people and programs write it.
+    """
+    for spelling in (name,) if is_inline(name) else spellings(name):
+        for file in (jsonl.parent / spelling, Path(spelling)):
+            if os.path.isfile(file):  # noqa: PTH113, swallows odd names
+                return file
+    return None
+
+
+def spellings(name):
+    """A path as it stands, then as Windows, a shell, a browser or another file system's Unicode would have meant it."""
+    found = {name: None}  # in order
+    for change in (
+        lambda name: name.replace("\\", "/"),
+        lambda name: os.path.expanduser("~") + name[1:] if name.startswith("~/") else name,  # noqa: PTH111
+        lambda name: re.sub("^file:(//(localhost)?)?(/(?=[a-z]:))?", "", name, flags=re.IGNORECASE),
+        unquote,
+        lambda name: unicodedata.normalize("NFC", name),
+        lambda name: unicodedata.normalize("NFD", name),
+    ):
+        found |= dict.fromkeys(change(each) for each in list(found))
+    return found
+
+
+def is_inline(name):
+    """Whether it is no path but a picture itself, in base64."""
+    return name[:5].lower() == "data:" or len(name) > 200 and re.fullmatch(r"[\w+/=\r\n-]+", name, re.ASCII) is not None
+
+
+def what_is(name):
+    """The PictureError that says what is wrong with a path where no file is."""
+    if is_inline(name):
+        return PictureError("write it to a file, and give that file's path", "picture is base64, not a path")
+    if re.match(r"(?!file:)[a-z][\w+.-]*://", name, re.IGNORECASE):
+        return PictureError("download it, and give that file's path", "picture is an address, not a path")
+    return PictureError(kind="picture not found")
 
 
 def find_pictures(jsonl, lines, known, check_stop=lambda: None):
-    """{image_path: its Picture, the PictureError that says what is wrong with it, or None where it is no file}."""
+    """{image_path: its Picture, or the PictureError that says why there is none}."""
     files = {name: find_picture(jsonl, name) for name in dict.fromkeys(line.image_path for line in lines)}
     pictures = known.look_at({file for file in files.values() if file is not None}, check_stop)
-    return {name: pictures.get(file) for name, file in files.items()}
+    return {name: what_is(name) if file is None else pictures[file] for name, file in files.items()}
 
 
 def look(path):
@@ -100,7 +154,7 @@ def pixels_of(picture, preprocess):
 
 
 def first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return printable(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
 
 
 class KnownPictures:

@@ -10,7 +10,7 @@ from PIL import Image
 
 import finetune_moondream as script
 from moondream2.cli import InputError
-from moondream2.pictures import KnownPictures
+from moondream2.pictures import KnownPictures, shown
 from tests.conftest import dataset, draw_picture, write_lines
 
 LINE = {"image_path": "a.png", "question": "What?", "answer": "This."}
@@ -93,7 +93,7 @@ def test_unusable_pictures_are_skipped_and_counted(folder):
     assert len(data.skipped) == len(unusable)
     for number, ((place, reason), (name, why)) in enumerate(zip(data.skipped, unusable.items(), strict=True), start=2):
         assert place == f"{folder}/lines.jsonl:{number}"
-        assert reason.startswith(f"picture {why}: {name}")
+        assert reason.startswith(f"picture {why}: {shown(name)}")
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,21 @@ paths = st.sampled_from(
         "/proc/self/mem",
         ".",
         "~",
+        "~/",
+        "~root/x",
+        "~\0/x",
         "sub",
         "x\0y",
+        "a%00.png",
+        "%2e%2e/a.png",
+        "file:",
+        "file://[/a.png",
+        "file:////a.png",
+        "C:\\a.png",
+        "https://a.org/b.png",
+        "data:,",
+        "\u0344" * 3000,
+        "/9j/" + 5000 * "A",
     ]
 )
 records = st.fixed_dictionaries({}, optional={"image_path": paths | texts, "question": texts | values, "answer": texts})
@@ -84,10 +97,11 @@ def test_any_bytes_are_examples_or_one_clear_error(folder, content):
         data = dataset(folder / "lines.jsonl")
     except InputError as error:
         assert "lines.jsonl" in str(error) and "Traceback" not in str(error)
-        assert str(error).isprintable() or "\n" in str(error)
+        assert all(line.isprintable() and len(line) < 1000 for line in str(error).split("\n"))
     else:
         for example in data.examples:
             assert example.question.strip() and example.answer.strip() and example.picture in data.pictures
+        assert all(reason.isprintable() and len(reason) < 500 for _, reason in data.skipped)
     assert contents(folder) == before
 
 

@@ -7,12 +7,23 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageFile
 
 from moondream2 import pictures
-from moondream2.pictures import BrokenPicture, KnownPictures, Picture, PictureError, look, pixels_of, read_ahead
+from moondream2.pictures import (
+    BrokenPicture,
+    KnownPictures,
+    Picture,
+    PictureError,
+    find_picture,
+    find_pictures,
+    look,
+    pixels_of,
+    read_ahead,
+)
 from tests.conftest import draw_picture
 
 
@@ -210,6 +221,86 @@ def test_a_picture_that_is_gone_or_takes_too_much_memory_is_not_called_broken(fi
     with pytest.raises(PictureError, match="No such file") as error:
         pixels_of(picture, preprocess)
     assert not isinstance(error.value, BrokenPicture)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "written"),
+    [
+        ("images/a b.png", r"images\a b.png"),
+        ("images/a b.png", r".\images\a%20b.png"),
+        ("images/a b.png", "images/a%20b.png"),
+        ("images/é ü.png", "images/%C3%A9%20%C3%BC.png"),
+        ("images/\u00e9.png", "images/e\u0301.png"),
+        ("images/e\u0301.png", "images/\u00e9.png"),
+        ("images/e\u0301 1.png", "images\\\u00e9%201.png"),
+        ("a b.png", "~/a b.png"),
+        ("a b.png", r"~\a%20b.png"),
+        ("a b.png", "file://{folder}/a b.png"),
+        ("a b.png", "file://{folder}/a%20b.png"),
+        ("a b.png", "FILE://localhost{folder}/a%20b.png"),
+        ("a b.png", "file:{folder}/a%20b.png"),
+        ("images/a.png", "file://images/a.png"),
+    ],
+)
+def test_a_path_is_found_as_people_and_programs_write_it(tmp_path, monkeypatch, on_disk, written):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / on_disk
+    path.parent.mkdir(exist_ok=True)
+    draw_picture(path, 1)
+    assert find_picture(tmp_path / "train.jsonl", written.format(folder=tmp_path)) == path
+
+
+def test_a_file_of_the_name_as_it_stands_wins(tmp_path, monkeypatch):
+    """Also one in the working directory, where those of another spelling lie beside the JSONL file."""
+    monkeypatch.chdir(tmp_path)
+    names = {"a%20b.png": "a b.png", r"c\d.png": "c/d.png", "\u00e9.png": "e\u0301.png", "~/f.png": "f.png"}
+    for written, other in names.items():
+        for path in (tmp_path / written, tmp_path / "data" / other):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_picture(path, 1)
+        assert find_picture(tmp_path / "data" / "train.jsonl", written) == Path(written)
+        Path(written).unlink()
+        monkeypatch.setenv("HOME", str(tmp_path / "data"))
+        assert find_picture(tmp_path / "data" / "train.jsonl", written) == tmp_path / "data" / other
+        monkeypatch.delenv("HOME")
+
+
+BASE64 = "iVBORw0KGgo" + "AAAANSUhEUgAA+/aZ_-" * 10_000 + "=="
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gone.png", "picture not found: gone.png"),
+        ("gone\x1b[2J\r\n\x07.png", "picture not found: gone [2J   .png"),
+        ("file:///gone.png", "picture not found: file:///gone.png"),
+        ("file:///C:/gone.png", "picture not found: file:///C:/gone.png"),
+        ("folder/" * 50_000 + "a.png", f"picture not found: {'folder/' * 5}folde…"),
+        ("http://a.org/b.png", "picture is an address, not a path: http://a.org/b.png: download it, and give "),
+        ("S3://bucket/b.png", "picture is an address, not a path: S3://bucket/b.png: download it, and give "),
+        ("data:image/png;base64,iVBO", "picture is base64, not a path: data:image/png;base64,iVBO: write it to a file"),
+        (BASE64, f"picture is base64, not a path: {BASE64[:40]}…{BASE64[-39:]}: write it to a file, and give "),
+        (f"data:image/png;base64,{BASE64}", f"picture is base64, not a path: data:image/png;base64,{BASE64[:18]}…"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_why_there_is_no_picture_is_a_short_line(tmp_path, known, name, reason):
+    line = SimpleNamespace(image_path=name)
+    told = find_pictures(tmp_path / "train.jsonl", [line], known)[name].reason(name)
+    assert told.startswith(reason) and told.isprintable() and len(told) < 200
+
+
+def test_what_the_data_says_reaches_no_terminal_as_it_stands(tmp_path, known):
+    name = "a\x1b]0;title\x07" + "b" * 200 + ".png"
+    (tmp_path / name).write_text("no picture")
+    line = SimpleNamespace(image_path=name)
+    told = find_pictures(tmp_path / "train.jsonl", [line], known)[name].reason(name)
+    assert told.startswith("picture broken: a ]0;title bbb") and told.isprintable() and len(told) < 350
 
 
 def test_results_come_in_order_from_several_threads():
