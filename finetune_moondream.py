@@ -7,7 +7,6 @@ A run in the order of this file: data, model, loss, training, saving. Data is tw
 import math
 import sys
 import time
-import warnings
 from contextlib import closing, nullcontext
 from functools import partial
 from itertools import chain, islice
@@ -44,7 +43,7 @@ from moondream2.launch import (
 from moondream2.loading import checked_loading
 from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
-from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead
+from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead, set_up_pillow
 from moondream2.report import facts_of_run, predictions, write_report
 from moondream2.rows import StepSampler, lay_out, text_inputs, whole_rows
 from moondream2.scoring import baseline_accuracy
@@ -412,7 +411,7 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
 def main():
     constants = cli.parse(sys.modules[__name__], sys.argv[1:])
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="PIL")  # of files that are read all the same; broken ones are named
+    set_up_pillow()
     output = OutputDir(constants.output_dir)
     checkpoints = Checkpoints(output)
     accelerator = start(constants.tracker, output.path)

@@ -90,10 +90,18 @@ class MoondreamConfig(PretrainedConfig):
 # ---------------------------------------------------------------------------------------------------------------------
 
 PIXELS_VERSION = 2  # raise it whenever preprocess() gives other pixels: what is kept of the old ones is then left alone
+MAX_PIXELS = 2**30 // 12  # 89 million, from which on Pillow warns: a JPEG of more is decoded at half width and height
+
+
+def decode_smaller(image):
+    """Makes of a JPEG with more than MAX_PIXELS, if it is not decoded yet, one of half its width and height."""
+    if image.width * image.height > MAX_PIXELS:
+        image.draft(None, (image.width // 2, image.height // 2))
 
 
 def upright_rgb(image):
     """The picture as a person sees it: turned upright by its EXIF orientation, 8 bits a channel, on white, RGB."""
+    decode_smaller(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel: convert() would clip them at 255
         image = Image.fromarray(to_8_bits(np.asarray(image)))

@@ -81,7 +81,7 @@ def make_unusable(folder):
         "cut.png": "broken",
         "text.png": "broken",
         "empty.png": "broken",
-        "bomb.png": "broken",
+        "bomb.png": "too large",
     }
 
 
