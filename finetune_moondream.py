@@ -7,7 +7,6 @@ A run in the order of this file: data, model, loss, training, saving. Data is tw
 import math
 import sys
 import time
-import warnings
 from contextlib import closing, nullcontext
 from functools import partial
 from itertools import chain, islice
@@ -44,7 +43,7 @@ from moondream2.launch import (
 from moondream2.loading import checked_loading
 from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
-from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead
+from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead, set_up_pillow
 from moondream2.report import facts_of_run, predictions, write_report
 from moondream2.rows import StepSampler, lay_out, text_inputs, whole_rows
 from moondream2.scoring import baseline_accuracy
@@ -96,7 +95,7 @@ class VQADataset(Dataset):
 
     Args:
         lines: of `read_lines`.
-        found: {image_path: Picture, the PictureError that says what is wrong with it, or None where it is no file}.
+        found: {image_path: Picture, or the PictureError that says why there is none}.
     Attributes:
         examples: list of Example.
         pictures: {key: Picture}, one for each different content.
@@ -111,10 +110,8 @@ class VQADataset(Dataset):
             picture, tokens = found[line.image_path], len(prompt_ids) + len(answer_ids)
             if line.lacks:
                 self.skipped.append((line.source, line.lacks))
-            elif picture is None:
-                self.skipped.append((line.source, f"picture not found: {line.image_path}"))
-            elif isinstance(picture, PictureError):
-                self.skipped.append((line.source, f"picture broken: {line.image_path}: {picture}"))
+            elif isinstance(picture, PictureError):  # missing, or broken
+                self.skipped.append((line.source, picture.reason(line.image_path)))
             elif tokens > max_text_tokens:
                 self.skipped.append((line.source, f"too long: {tokens} tokens of text, {max_text_tokens} fit"))
             else:
@@ -125,7 +122,7 @@ class VQADataset(Dataset):
     def leave_out(self, broken):
         """Skips the examples whose picture could not be decoded; `broken` is {key: reason}. Returns what it skipped."""
         skipped = [
-            (example.source, f"picture broken: {example.image_path}: {broken[example.picture]}")
+            (example.source, PictureError(broken[example.picture]).reason(example.image_path))
             for example in self.examples
             if example.picture in broken
         ]
@@ -418,7 +415,7 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
 def main():
     constants = cli.parse(sys.modules[__name__], sys.argv[1:])
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="PIL")  # of files that are read all the same; broken ones are named
+    set_up_pillow()
     output = OutputDir(constants.output_dir)
     checkpoints = Checkpoints(output)
     accelerator = start(constants.tracker, output.path)

@@ -23,7 +23,7 @@ from moondream2.evaluation import accuracy_of, evaluate
 from moondream2.features import FeatureStore
 from moondream2.files import write_text
 from moondream2.loading import checked_loading
-from moondream2.pictures import KnownPictures, Picture, PictureError, find_pictures, look, pixels_of, read_ahead
+from moondream2.pictures import KnownPictures, PictureError, find_pictures, look, pixels_of, read_ahead, set_up_pillow
 from moondream2.report import facts, machine, predictions, write_report
 from moondream2.rows import lay_out, whole_rows
 
@@ -63,8 +63,8 @@ def read_questions(path, tokenizer, max_text_tokens):
         picture = found[line.image_path]
         if line.lacks and not line.is_only_asked:
             data.skipped.append((line.source, line.lacks))
-        elif not isinstance(picture, Picture):
-            data.skipped.append((line.source, f"picture {picture or 'not found'}: {line.image_path}"))
+        elif isinstance(picture, PictureError):
+            data.skipped.append((line.source, picture.reason(line.image_path)))
         elif len(prompt_ids) + len(answer_ids) > max_text_tokens:
             data.skipped.append((line.source, f"too long: {len(prompt_ids) + len(answer_ids)} tokens of text"))
         else:
@@ -135,6 +135,7 @@ def main():
     if is_file == bool(words.question):
         raise InputError("give a picture and at least one question, or a .jsonl file alone")
     transformers.utils.logging.set_verbosity_error()
+    set_up_pillow()
     model, tokenizer = load(words.model)
     model.to(Accelerator().device)
     if is_file:

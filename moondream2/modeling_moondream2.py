@@ -98,18 +98,44 @@ class MoondreamConfig(PretrainedConfig):
 # Picture -> tensor
 # ---------------------------------------------------------------------------------------------------------------------
 
-PIXELS_VERSION = 1  # raise it whenever preprocess() gives other pixels: what is kept of the old ones is then left alone
+PIXELS_VERSION = 2  # raise it whenever preprocess() gives other pixels: what is kept of the old ones is then left alone
+MAX_PIXELS = 2**30 // 12  # 89 million, from which on Pillow warns: a JPEG of more is decoded at half width and height
+
+
+def decode_smaller(image):
+    """Makes of a JPEG with more than MAX_PIXELS, if it is not decoded yet, one of half its width and height."""
+    if image.width * image.height > MAX_PIXELS:
+        image.draft(None, (image.width // 2, image.height // 2))
 
 
 def upright_rgb(image):
     """The picture as a person sees it: turned upright by its EXIF orientation, 8 bits a channel, on white, RGB."""
+    decode_smaller(image)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip them at 255
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel: convert() would clip them at 255
+        image = Image.fromarray(to_8_bits(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def to_8_bits(values):
+    """Grey values (height, width) of more than 8 bits, as uint8; what is below 0 is black.
+
+    Integers are of 8, 10, 12, 14, 16 or as many more bits as hold the brightest: a file doesn't say how many its camera
+    had. Floats go from 0 to 1 or, where one is above 1, to 255; NaN is black.
+    """
+    if values.dtype.kind == "f":
+        white = 1 if values[np.isfinite(values)].max(initial=0) <= 1 else 255
+        values = np.nan_to_num(values, nan=0, posinf=white, neginf=0).clip(0, white)
+        return np.rint(values * (255 // white)).astype(np.uint8)
+    brightest = int(values.max())
+    bits = next((bits for bits in (8, 10, 12, 14, 16) if brightest < 2**bits), brightest.bit_length())
+    values = values.clip(0).astype(np.int64)
+    values *= 255
+    values //= 2**bits - 1
+    return values.astype(np.uint8)
 
 
 def preprocessed_size(width, height, image_size=378, tile_from=512):

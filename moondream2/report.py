@@ -339,13 +339,12 @@ def thumbnail(file):
     """A picture as a small JPEG in base64, upright; None where the file is gone or broken by now."""
 
     def shrink(image):
-        image.draft(None, [2 * side for side in THUMBNAIL])  # decodes a large JPEG at a fraction of its size
         image = upright_rgb(image)
         image.thumbnail(THUMBNAIL)
         image.save(small := io.BytesIO(), "JPEG", quality=80)
         return base64.b64encode(small.getvalue()).decode()
 
     try:
-        return open_picture(Path(file), shrink)[0]
+        return open_picture(Path(file), shrink, draft=[2 * side for side in THUMBNAIL])[0]
     except PictureError:
         return None

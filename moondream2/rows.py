@@ -151,7 +151,7 @@ def lay_out(rows, pictures, store, bos, image_tokens):
             reads.append(store.read(pictures[row[0].picture]))
             readable.append(row)
         except PictureError as error:
-            failed += [(example.source, f"picture broken: {example.image_path}: {error}") for example in row]
+            failed += [(example.source, error.reason(example.image_path)) for example in row]
     texts = [[(example.prompt_ids, example.answer_ids) for example in row] for row in readable]
     # Where nothing can be read, one position without a picture keeps this process in step with the others.
     layout = lay_out_rows(texts, bos, image_tokens) if texts else lay_out_rows([[]], bos, 0)

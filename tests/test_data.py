@@ -10,7 +10,7 @@ from PIL import Image
 
 import finetune_moondream as script
 from moondream2.cli import InputError
-from moondream2.pictures import KnownPictures
+from moondream2.pictures import KnownPictures, shown
 from tests.conftest import dataset, draw_picture, write_lines
 
 LINE = {"image_path": "a.png", "question": "What?", "answer": "This."}
@@ -81,7 +81,7 @@ def make_unusable(folder):
         "cut.png": "broken",
         "text.png": "broken",
         "empty.png": "broken",
-        "bomb.png": "broken",
+        "bomb.png": "too large",
     }
 
 
@@ -93,7 +93,7 @@ def test_unusable_pictures_are_skipped_and_counted(folder):
     assert len(data.skipped) == len(unusable)
     for number, ((place, reason), (name, why)) in enumerate(zip(data.skipped, unusable.items(), strict=True), start=2):
         assert place == f"{folder}/lines.jsonl:{number}"
-        assert reason.startswith(f"picture {why}: {name}")
+        assert reason.startswith(f"picture {why}: {shown(name)}")
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def test_where_most_pictures_are_missing_it_is_an_error(folder):
     with pytest.raises(InputError) as error:
         dataset(write_lines(folder / "lines.jsonl", [LINE] * 3 + missing))
     assert str(error.value) == (
-        f"4 of 7 lines in {folder}/lines.jsonl name a picture that is not there, such as {folder}/lines.jsonl:4: "
-        f"images/c.png, looked for in {folder} and {Path.cwd()}; nearest is photos/c.png"
+        f"4 of 7 lines in {folder}/lines.jsonl have no picture that is there, such as {folder}/lines.jsonl:4: "
+        f"picture not found: images/c.png, looked for in {folder} and {Path.cwd()}; nearest is photos/c.png"
     )
 
 

@@ -148,7 +148,9 @@ def test_the_version_of_pixels_is_raised_when_they_change():
         image = Image.fromarray(noise.integers(0, np.iinfo(kind).max, shape, kind, endpoint=True))
         image.getexif()[0x0112] = 6  # the camera was turned
         digest.update(preprocess(image).contiguous().numpy())
-    assert {PIXELS_VERSION: digest.hexdigest()[:16]} == {1: "b669b578aeaa553e"}
+    for values in (noise.integers(0, 4096, (90, 60), "u2"), noise.random((50, 70), "f4")):
+        digest.update(preprocess(Image.fromarray(values)).contiguous().numpy())
+    assert {PIXELS_VERSION: digest.hexdigest()[:16]} == {2: "6992892100f44fe0"}
 
 
 @pytest.mark.parametrize(("at", "left"), [(4, 5), (7, 2)], ids=["in the second chunk", "in the last"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -295,6 +296,46 @@ def test_pictures_are_upright_rgb():
 def test_any_mode_becomes_what_a_person_sees(mode, colour, expected):
     got = upright_rgb(Image.new(mode, (4, 3), colour)).getpixel((1, 1))
     assert all(abs(a - b) <= 1 for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "i4"])
+@pytest.mark.parametrize(
+    ("brightest", "white"),
+    [(0, 255), (15, 255), (255, 255), (256, 1023), (1023, 1023), (1024, 4095), (4095, 4095), (4096, 16383)]
+    + [(16383, 16383), (16384, 65535), (65535, 65535)],
+)
+def test_grey_of_more_than_8_bits_is_scaled_by_the_bits_that_hold_its_brightest(dtype, brightest, white):
+    values = np.linspace(0, brightest, 60).astype(dtype).reshape(6, 10)
+    got = np.asarray(upright_rgb(Image.fromarray(values)))
+    assert got.tolist() == [[[int(value) * 255 // white] * 3 for value in row] for row in values]
+
+
+def test_grey_of_16_bits_whose_range_is_full_is_what_its_high_byte_says():
+    values = np.arange(65536, dtype="u2").reshape(256, 256)
+    assert np.array_equal(np.asarray(upright_rgb(Image.fromarray(values)))[..., 0], values // 257)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([-5, 0, 100, 255], "i4"), [0, 0, 100, 255]),
+        (np.array([-5, -1], "i4"), [0, 0]),
+        (np.array([0, 2**19, 2**20 - 1], "i4"), [0, 127, 255]),
+        (np.array([-(2**31), 2**30, 2**31 - 1], "i4"), [0, 127, 255]),
+        (np.array([0.0, 0.2, 0.5, 1.0], "f4"), [0, 51, 128, 255]),
+        (np.array([0.0, 0.9, 1.1, 254.6, 300.0], "f4"), [0, 1, 1, 255, 255]),
+        (np.array([-1.0, NAN, 0.2, INF, -INF], "f4"), [0, 0, 51, 255, 0]),
+        (np.array([-3e38, 100, NAN, 3e38, INF], "f4"), [0, 100, 0, 255, 255]),
+        (np.array([NAN, NAN], "f4"), [0, 0]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_values_that_8_bits_do_not_hold(values, expected):
+    got = np.asarray(upright_rgb(Image.fromarray(values[None])))
+    assert got[0].tolist() == [[value] * 3 for value in expected]
 
 
 def test_a_transparent_palette_is_on_white():

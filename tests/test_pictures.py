@@ -4,16 +4,36 @@ import builtins
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from PIL import Image, ImageFile
+import torch
+from PIL import Image, ImageFile, PngImagePlugin
 
-from moondream2 import pictures
-from moondream2.pictures import BrokenPicture, KnownPictures, Picture, PictureError, look, pixels_of, read_ahead
-from tests.conftest import draw_picture
+from moondream2 import modeling_moondream2, pictures
+from moondream2.cli import InputError
+from moondream2.pictures import (
+    BrokenPicture,
+    KnownPictures,
+    Picture,
+    PictureError,
+    decode,
+    find_picture,
+    find_pictures,
+    look,
+    pixels_of,
+    read_ahead,
+    rows_there,
+    set_up_pillow,
+)
+from tests.conftest import ROOT, draw_picture
 
 
 def age(path, seconds=10):
@@ -185,7 +205,7 @@ def test_what_is_no_picture_is_said_at_once_and_what_is_broken_inside_when_it_is
     found = known.look_at(files)
     assert [type(found[file]) for file in files] == [Picture, *[PictureError] * 4, Picture]
     assert "UnidentifiedImageError" in str(found[files[1]]) and "FileNotFoundError" in str(found[files[3]])
-    assert "400000000 pixels" in str(found[files[4]])
+    assert [found[file].kind for file in files[1:5]] == [*["picture broken"] * 3, "picture too large"]
     assert all("\n" not in str(found[file]) for file in files[1:5])
     with pytest.raises(BrokenPicture, match="truncated"):
         pixels_of(found[files[0]], lambda image: image.load())
@@ -196,6 +216,190 @@ def test_too_many_pixels_for_pillow_to_warn_of_are_too_many(tmp_path, monkeypatc
     monkeypatch.setattr(pictures, "MAX_PIXELS", 13_999)
     with pytest.raises(PictureError, match="140 x 100 pixels are more than 13,999"):
         look(tmp_path / "a.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every viewer opens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def set_up(monkeypatch):
+    """`set_up()` as a run's start does; before it and after the test, Pillow is as it comes."""
+    for place, name in ((Image, "ID"), (Image, "OPEN"), (Image, "MIME"), (Image, "EXTENSION")):
+        own = getattr(place, name)
+        kept = [each for each in own if "HEI" not in each] if name == "ID" else dict(own)
+        monkeypatch.setattr(place, name, kept)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2**30 // 12)
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 2**20)
+    with warnings.catch_warnings():
+        yield set_up_pillow
+
+
+def test_importing_the_package_changes_no_setting_of_pillows():
+    code = """
+import pkgutil, warnings
+from PIL import Image, ImageFile, PngImagePlugin
+import PIL.JpegImagePlugin, torch, transformers, accelerate, matplotlib
+def settings():
+    modules = (Image, ImageFile, PngImagePlugin, PIL.JpegImagePlugin)
+    return [{name: str(value) for name, value in vars(module).items() if name.isupper()} for module in modules]
+before, filters = settings(), [each for each in warnings.filters if "PIL" in str(each)]
+import finetune_moondream, moondream2
+for module in pkgutil.iter_modules(moondream2.__path__):
+    __import__(f"moondream2.{module.name}")
+for one, other in zip(before, settings()):
+    print({name for name in one if one[name] != other[name]})
+print(filters == [each for each in warnings.filters if "PIL" in str(each)])
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.split() == ["set()"] * 4 + ["True"], run.stderr
+
+
+@pytest.mark.parametrize("what", ["profile", "text", "text behind the pixels"])
+def test_a_png_with_more_than_a_megabyte_of_profile_or_text(tmp_path, set_up, what):
+    image, chunks, options = Image.new("RGB", (14, 10), "red"), PngImagePlugin.PngInfo(), {}
+    if what == "profile":
+        options["icc_profile"] = bytes(3 * 2**20)
+    else:
+        chunks.add_text("comment", "a" * 3 * 2**20, zip=True)
+    image.save(tmp_path / "a.png", pnginfo=chunks, **options)
+    if what == "text behind the pixels":
+        content = (tmp_path / "a.png").read_bytes()
+        start, pixels = content.index(b"zTXt") - 4, content.index(b"IDAT") - 4
+        end = content.index(b"IEND") - 4
+        moved = content[:start] + content[pixels:end] + content[start:pixels] + content[end:]
+        (tmp_path / "a.png").write_bytes(moved)
+    with pytest.raises(PictureError, match="too large"):
+        pixels_of(look(tmp_path / "a.png"), lambda image: image)
+    set_up()
+    assert pixels_of(look(tmp_path / "a.png"), lambda image: image.getpixel((1, 1))) == (255, 0, 0)
+
+
+@pytest.fixture
+def photo():
+    """400 x 300 pixels in which no two places look alike, nor any row or column grey."""
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), "u1")
+    return Image.fromarray(noise).resize((400, 300))
+
+
+def jpeg(image, mode="RGB", **options):
+    image.convert(mode).save(file := io.BytesIO(), "JPEG", quality=85, **options)
+    return file.getvalue()
+
+
+def difference(image, other):
+    return np.abs(np.asarray(image, float) - np.asarray(other, float)).mean()
+
+
+KINDS = [("RGB", {}), ("RGB", {"subsampling": 0}), ("RGB", {"restart_marker_rows": 1}), ("L", {}), ("CMYK", {})]
+
+
+@pytest.mark.parametrize(("mode", "options"), KINDS, ids=str)
+@pytest.mark.parametrize("is_large", [False, True])
+def test_of_a_jpeg_without_its_last_bytes_the_rows_there_are_counted(photo, monkeypatch, mode, options, is_large):
+    """Against where it differs from the whole one; it may be off by the rows of a block, that decoders blend."""
+    monkeypatch.setattr(modeling_moondream2, "MAX_PIXELS", 10_000 if is_large else 10**6)
+    content = jpeg(photo, mode, **options)
+    whole, is_cut = decode(content)
+    assert not is_cut and whole.size == ((200, 150) if is_large else (400, 300))
+    for end in [len(content) - 1, len(content) - 2, *(int(share * len(content)) for share in (0.97, 0.9, 0.5, 0.2))]:
+        padded = Image.open(io.BytesIO(content[:end] + b"\xff\xd9"))
+        modeling_moondream2.decode_smaller(padded)
+        same = (np.asarray(padded) == np.asarray(whole)).reshape(whole.height, -1).all(axis=1)
+        there = whole.height if same.all() else int(np.argmin(same))
+        assert rows_there(padded, content[:end]) - there in range(19)
+        if there >= 0.95 * whole.height:
+            image, is_cut = decode(content[:end])
+            assert is_cut and difference(image, whole) < 3
+        elif there < 0.9 * whole.height:
+            with pytest.raises(BrokenPicture, match=r"ends early: \d+% of the picture's rows are there"):
+                decode(content[:end])
+
+
+def test_the_grey_at_the_bottom_of_a_whole_picture_is_not_missing(photo):
+    photo.paste((128, 128, 128), (0, 200, 400, 300))
+    assert not decode(jpeg(photo))[1]
+    with pytest.raises(BrokenPicture, match="70% of"):  # it can't be told from what is missing
+        decode(jpeg(photo)[:-2])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_progressive_jpeg_is_whole_as_soon_as_all_its_detail_has_come_once(photo, mode):
+    content = jpeg(photo, mode, progressive=True)
+    whole, _ = decode(content)
+    used = []
+    for share in range(5, 100, 5):
+        try:
+            image, is_cut = decode(content[: len(content) * share // 100])
+        except BrokenPicture as error:
+            assert not used and "0% of the picture's rows" in str(error)
+        else:
+            used.append(share)
+            assert is_cut and difference(image, whole) < 10
+    assert used[0] <= 75 and used[-1] == 95
+    coarse = Image.open(io.BytesIO(content[: len(content) // 10] + b"\xff\xd9"))
+    assert difference(coarse, whole) > 12  # as what is refused is
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_pictures_of_other_forms_without_their_last_bytes_are_broken(tmp_path, photo, form):
+    photo.save(tmp_path / "a", form)
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-100])
+    with pytest.raises(PictureError):
+        pixels_of(look(tmp_path / "a"), lambda image: image)
+
+
+def test_a_jpeg_of_too_many_pixels_is_decoded_at_half_its_size_by_whoever_decodes_it(tmp_path, photo, monkeypatch):
+    for module in (pictures, modeling_moondream2):
+        monkeypatch.setattr(module, "MAX_PIXELS", 50_000)
+    monkeypatch.setattr(pictures, "MAX_JPEG_PIXELS", 200_000)
+    (tmp_path / "a.jpg").write_bytes(jpeg(photo))
+    picture = look(tmp_path / "a.jpg")
+    assert picture.size == (400, 300)
+    assert pixels_of(picture, lambda image: image.size) == (200, 150)
+    photo.save(tmp_path / "a.png")
+    with pytest.raises(PictureError, match="400 x 300 pixels are more than 50,000") as error:
+        look(tmp_path / "a.png")
+    assert error.value.kind == "picture too large" and not isinstance(error.value, BrokenPicture)
+    with Image.open(tmp_path / "a.jpg") as image:
+        expected = modeling_moondream2.preprocess(image)  # as a saved model's encode_image does
+    assert torch.equal(pixels_of(picture, modeling_moondream2.preprocess), expected)
+    monkeypatch.setattr(pictures, "MAX_JPEG_PIXELS", 100_000)
+    with pytest.raises(PictureError, match="400 x 300 pixels are more than 100,000"):
+        look(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("size", [(12_000, 9_000), (16_320, 12_240)], ids=["108 megapixels", "200 megapixels"])
+def test_a_phones_largest_photo_is_let_through(tmp_path, set_up, size):
+    """Only its header is looked at, as its size is in no other place."""
+    content = bytearray(jpeg(Image.new("RGB", (16, 16))))
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = size[1].to_bytes(2, "big") + size[0].to_bytes(2, "big")
+    (tmp_path / "a.jpg").write_bytes(content)
+    set_up()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert look(tmp_path / "a.jpg").size == size
+
+
+def test_heic_is_read_where_its_package_is_and_named_where_it_is_not(tmp_path, photo, set_up, known, monkeypatch):
+    import pillow_heif
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    heif = pillow_heif.from_pillow(photo)
+    heif.save(tmp_path / "a.heic", quality=90, exif=exif.tobytes())
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        set_up()
+        error = known.look_at([tmp_path / "a.heic"])[tmp_path / "a.heic"]
+        assert error.reason("a.heic") == "picture needs a package: a.heic: pip install pillow-heif, which reads HEIC"
+        assert not isinstance(error, BrokenPicture)
+    set_up()
+    found = known.look_at([tmp_path / "a.heic"])[tmp_path / "a.heic"]
+    upright = pixels_of(found, modeling_moondream2.upright_rgb)
+    assert upright.size == (300, 400) and difference(upright, photo.transpose(Image.Transpose.ROTATE_270)) < 10
 
 
 def test_a_picture_that_is_gone_or_takes_too_much_memory_is_not_called_broken(files):
@@ -210,6 +414,90 @@ def test_a_picture_that_is_gone_or_takes_too_much_memory_is_not_called_broken(fi
     with pytest.raises(PictureError, match="No such file") as error:
         pixels_of(picture, preprocess)
     assert not isinstance(error.value, BrokenPicture)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "written"),
+    [
+        ("images/a b.png", r"images\a b.png"),
+        ("images/a b.png", r".\images\a%20b.png"),
+        ("images/a b.png", "images/a%20b.png"),
+        ("images/é ü.png", "images/%C3%A9%20%C3%BC.png"),
+        ("images/\u00e9.png", "images/e\u0301.png"),
+        ("images/e\u0301.png", "images/\u00e9.png"),
+        ("images/e\u0301 1.png", "images\\\u00e9%201.png"),
+        ("a b.png", "~/a b.png"),
+        ("a b.png", r"~\a%20b.png"),
+        ("a b.png", "file://{folder}/a b.png"),
+        ("a b.png", "file://{folder}/a%20b.png"),
+        ("a b.png", "FILE://localhost{folder}/a%20b.png"),
+        ("a b.png", "file:{folder}/a%20b.png"),
+        ("images/a.png", "file://images/a.png"),
+    ],
+)
+def test_a_path_is_found_as_people_and_programs_write_it(tmp_path, monkeypatch, on_disk, written):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / on_disk
+    path.parent.mkdir(exist_ok=True)
+    draw_picture(path, 1)
+    assert find_picture(tmp_path / "train.jsonl", written.format(folder=tmp_path)) == path
+
+
+def test_a_file_of_the_name_as_it_stands_wins(tmp_path, monkeypatch):
+    """Also one in the working directory, where those of another spelling lie beside the JSONL file."""
+    monkeypatch.chdir(tmp_path)
+    names = {"a%20b.png": "a b.png", r"c\d.png": "c/d.png", "\u00e9.png": "e\u0301.png", "~/f.png": "f.png"}
+    for written, other in names.items():
+        for path in (tmp_path / written, tmp_path / "data" / other):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_picture(path, 1)
+        assert find_picture(tmp_path / "data" / "train.jsonl", written) == Path(written)
+        Path(written).unlink()
+        monkeypatch.setenv("HOME", str(tmp_path / "data"))
+        assert find_picture(tmp_path / "data" / "train.jsonl", written) == tmp_path / "data" / other
+        monkeypatch.delenv("HOME")
+
+
+BASE64 = "iVBORw0KGgo" + "AAAANSUhEUgAA+/aZ_-" * 10_000 + "=="
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gone.png", "picture not found: gone.png"),
+        ("gone\x1b[2J\r\n\x07.png", "picture not found: gone [2J   .png"),
+        ("file:///gone.png", "picture not found: file:///gone.png"),
+        ("file:///C:/gone.png", "picture not found: file:///C:/gone.png"),
+        ("folder/" * 50_000 + "a.png", f"picture not found: {'folder/' * 5}folde…"),
+        ("http://a.org/b.png", "picture is an address, not a path: http://a.org/b.png: download it, and give "),
+        ("S3://bucket/b.png", "picture is an address, not a path: S3://bucket/b.png: download it, and give "),
+        ("data:image/png;base64,iVBO", "picture is base64, not a path: data:image/png;base64,iVBO: write it to a file"),
+        (BASE64, f"picture is base64, not a path: {BASE64[:40]}…{BASE64[-39:]}: write it to a file, and give "),
+        (f"data:image/png;base64,{BASE64}", f"picture is base64, not a path: data:image/png;base64,{BASE64[:18]}…"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_why_there_is_no_picture_is_a_short_line(tmp_path, known, name, reason):
+    (tmp_path / "there.png").write_text("no picture")
+    lines = [SimpleNamespace(source="train.jsonl:1", image_path=each) for each in (name, "there.png", name)]
+    told = find_pictures(tmp_path / "train.jsonl", lines[:2], known)[name].reason(name)
+    assert told.startswith(reason) and told.isprintable() and len(told) < 200
+    with pytest.raises(InputError, match="2 of 3 lines in .* have no picture that is there, such as") as error:
+        find_pictures(tmp_path / "train.jsonl", lines, known)
+    assert told in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 600
+
+
+def test_what_the_data_says_reaches_no_terminal_as_it_stands(tmp_path, known):
+    name = "a\x1b]0;title\x07" + "b" * 200 + ".png"
+    (tmp_path / name).write_text("no picture")
+    line = SimpleNamespace(image_path=name)
+    told = find_pictures(tmp_path / "train.jsonl", [line], known)[name].reason(name)
+    assert told.startswith("picture broken: a ]0;title bbb") and told.isprintable() and len(told) < 350
 
 
 def test_results_come_in_order_from_several_threads():

@@ -9,12 +9,14 @@ import sys
 
 import pytest
 import torch
+from PIL import PngImagePlugin
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
 from moondream2 import ask, launch
 from moondream2.cli import InputError
 from moondream2.evaluation import accuracy_of, evaluate
+from moondream2.pictures import MAX_PNG_TEXT
 from moondream2.rows import whole_rows
 from moondream2.scoring import baseline_accuracy, is_correct
 from tests.conftest import ROOT, TINY, dataset, layer_out, run_python, start_script, write_lines
@@ -213,6 +215,26 @@ def test_what_can_not_be_asked_is_one_line(run_ask, words, said):
 def test_asking_a_model_that_is_not_there_is_one_line():
     with pytest.raises(InputError, match="there is no folder nowhere: give that of a saved model"):
         ask.load("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "next_call"),
+    [(script, ["--output_dir", "out"], "OutputDir"), (ask, ["model", "picture.png", "Why?"], "load")],
+    ids=["training", "asking"],
+)
+def test_pillows_settings_are_made_by_whoever_starts_a_run(monkeypatch, module, argv, next_call):
+    settings = []
+
+    def noted(*arguments):
+        settings.append(PngImagePlugin.MAX_TEXT_CHUNK)
+        raise InterruptedError
+
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 2**20)
+    monkeypatch.setattr(module, next_call, noted)
+    monkeypatch.setattr(sys, "argv", ["python", *argv])
+    with pytest.raises(InterruptedError):
+        module.main()
+    assert settings == [MAX_PNG_TEXT]
 
 
 def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(data, tmp_path, monkeypatch):
