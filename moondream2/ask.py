@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moondream2 import cli, log
 from moondream2.cli import InputError
 from moondream2.data import Example, read_lines, tokenize
-from moondream2.evaluation import accuracy_of, evaluate
+from moondream2.evaluation import evaluate
 from moondream2.features import FeatureStore
 from moondream2.files import write_text
 from moondream2.loading import checked_loading
 from moondream2.pictures import KnownPictures, Picture, PictureError, find_pictures, look, pixels_of, read_ahead
-from moondream2.report import facts, machine, predictions, write_report
+from moondream2.report import facts, machine, means_of, predictions, write_report
 from moondream2.rows import lay_out, whole_rows
+from moondream2.scoring import METRICS
 
 
 def load(folder):
@@ -79,12 +80,13 @@ def score(model, tokenizer, path, batch_size, output_dir, title):
     read = partial(lay_out, pictures=data.pictures, store=store, bos=bos, image_tokens=model.config.image_tokens)
     batches = tqdm(read_ahead(read, rows), "Asking", len(rows), unit=" batches", leave=False)
     loss, answers = evaluate(model, tokenizer, batches, {example.source for example in data.examples})
-    right = accuracy_of(data.examples, answers)
-    print(f"{len(data.examples)} questions: Avg Loss: {loss:.4f}, accuracy: {right:.1%}")
-    output_dir.mkdir(parents=True, exist_ok=True)
     lines = predictions(data, before={}, after=answers)
+    scores = {name: score for name, (_, score) in means_of(lines).items()}
+    told = ", ".join(f"{METRICS[name].name}: {score:.1%}" for name, score in scores.items())
+    print(f"{len(data.examples)} questions: Avg Loss: {loss:.4f}, {told}")
+    output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "predictions.jsonl", "".join(json.dumps(each) + "\n" for each in lines))
-    history = [{"epoch": 0, "valid_loss": loss, "valid_accuracy": right, "seconds": 0.0}]
+    history = [{"epoch": 0, "valid_loss": loss, "valid_accuracy": scores["correct"], "seconds": 0.0}]
     page = facts(
         title=title,
         constants=SimpleNamespace(model_id=title, revision=None, batch_size=batch_size),

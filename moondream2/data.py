@@ -15,6 +15,10 @@ class Line(NamedTuple):
     question: str
     answer: str
 
+    @property
+    def answers(self):
+        return (self.answer,)
+
 
 class Example(NamedTuple):
     """A line that can be trained on: `picture` is the key of what its picture shows, an answer's ids end with EOS."""
@@ -26,6 +30,10 @@ class Example(NamedTuple):
     picture: str
     prompt_ids: list[int]
     answer_ids: list[int]
+
+    @property
+    def answers(self):
+        return (self.answer,)
 
 
 def tokenize(lines, tokenizer):

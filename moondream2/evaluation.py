@@ -10,7 +10,7 @@ from moondream2.cli import InputError
 from moondream2.features import image_embeds
 from moondream2.launch import gather
 from moondream2.rows import text_inputs
-from moondream2.scoring import accuracy, is_correct
+from moondream2.scoring import is_correct, mean
 
 MAX_NEW_TOKENS = 64  # an answer that is longer is cut off
 
@@ -74,4 +74,4 @@ def draw_questions(examples, most, seed):
 
 def accuracy_of(examples, answers):
     """The accuracy of {source: answer} on those of the examples that were asked; None where none was."""
-    return accuracy(is_correct(answers[each.source], each.answer) for each in examples if each.source in answers)
+    return mean(is_correct(answers[each.source], each.answers) for each in examples if each.source in answers)

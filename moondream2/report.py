@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from moondream2.files import write_text
 from moondream2.modeling_moondream2 import upright_rgb
 from moondream2.pictures import PictureError, open_picture
-from moondream2.scoring import accuracy, is_correct
+from moondream2.scoring import METRICS, mean
 from moondream2.summary import counted, left_out_by_reason, summarize
 
 MOST_PICTURES = 300  # on the page; some 6 MB
@@ -65,6 +65,8 @@ CURVES = {  # of a number in the history: its name, its colour, its style
 def predictions(dataset, before: dict[str, str], after: dict[str, str]) -> list[dict]:
     """What was expected, answered before training and answered after it, for each example that was asked.
 
+    Each metric says what it gives the two answers, under names like "before_correct" and "after_anls".
+
     Args:
         dataset: the validation examples and their pictures.
         before: {source of an example: the model's answer before training}; may be empty.
@@ -79,12 +81,27 @@ def predictions(dataset, before: dict[str, str], after: dict[str, str]) -> list[
             "answer": example.answer,
             "before": before.get(example.source),
             "after": after[example.source],
-            "before_correct": is_correct(before[example.source], example.answer) if example.source in before else None,
-            "after_correct": is_correct(after[example.source], example.answer),
         }
+        | marks("before", before.get(example.source), example.answers)
+        | marks("after", after[example.source], example.answers)
         for example in dataset.examples
         if example.source in after
     ]
+
+
+def marks(when, prediction, answers):
+    """What each metric gives a prediction, by names that begin with "before" or "after"; None where there is none."""
+    is_asked = prediction is not None
+    return {
+        f"{when}_{name}": metric.score(prediction, answers) if is_asked else None for name, metric in METRICS.items()
+    }
+
+
+def means_of(predictions) -> dict[str, list[float | None]]:
+    """{name of a metric: its means before and after training}; None where nothing was asked."""
+    return {
+        name: [mean(each[f"{when}_{name}"] for each in predictions) for when in ("before", "after")] for name in METRICS
+    }
 
 
 def machine(device: torch.device, seconds: float) -> dict:
@@ -171,6 +188,7 @@ def write_report(path: Path, run: dict) -> None:
     page = templates.get_template("report.html.jinja").render(
         run=run,
         scores=scores,
+        metrics=METRICS,
         verdict=verdict(scores),
         result_warnings=list(result_warnings(scores)),
         charts=list(charts(run, scores["baseline"])) if scores["is_trained"] else [],
@@ -197,18 +215,22 @@ def duration(seconds):
 
 
 def scores_of(run):
-    """What a verdict rests on: accuracy and loss before training and of the kept epoch, and the baseline."""
+    """What a verdict rests on: metrics and loss before training and of the kept epoch, and the baseline."""
     history, predictions = run["history"], run["predictions"]
     epochs = {record["epoch"]: record for record in history}
     first, last = epochs.get(0, {}) if any(epochs) else {}, history[-1] if history else {}
     kept = epochs.get(run["kept_epoch"], last)
-    before, after = first.get("valid_accuracy"), kept.get("valid_accuracy")
+    means = means_of(predictions)
+    taken = [record.get("valid_accuracy") for record in (first, kept)]  # also of pictures that are gone by now
+    means["correct"] = [now if then is None else then for then, now in zip(taken, means["correct"], strict=True)]
+    before, after = means["correct"]
     return {
         "is_trained": any(epochs),
         "kept": kept,
         "last": last,
-        "before": accuracy(each["before_correct"] for each in predictions) if before is None else before,
-        "after": accuracy(each["after_correct"] for each in predictions) if after is None else after,
+        "before": before,
+        "after": after,
+        "means": means,
         "loss_before": first.get("valid_loss"),
         "loss_after": kept.get("valid_loss"),
         "baseline": run["data"]["baseline_accuracy"] if run["data"] else None,

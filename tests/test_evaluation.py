@@ -1,6 +1,7 @@
 """What a model makes of examples: the loss is the mean over answer tokens, the answers are answer_question's."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,8 @@ def test_accuracy_is_of_the_questions_that_were_asked(valid):
     first, second, third = (example.source for example in valid.examples[:3])
     answers = {first: valid[0].answer.upper(), second: "something else", third: valid[2].answer}
     assert accuracy_of(valid, answers) == pytest.approx(2 / 3)
+    several = [SimpleNamespace(source=first, answers=("stop", "Something else"))]
+    assert accuracy_of(several, {first: "something else."}) == 1
 
 
 def test_a_row_is_read_once_for_its_loss_and_its_answers(tiny, tokenizer, valid):

@@ -40,8 +40,10 @@ def prediction(file, number, question, answer, before, after):
         "answer": answer,
         "before": before,
         "after": after,
-        "before_correct": None if before is None else before == answer,
-        "after_correct": after == answer,
+    } | {
+        f"{when}_{metric}": None if said is None else said == answer
+        for when, said in (("before", before), ("after", after))
+        for metric in ("correct", "exact", "anls")
     }
 
 
@@ -97,7 +99,7 @@ def make_run(predictions=(), **changes):
 
 def scored(predictions):
     """A run that scores a saved model without training."""
-    untrained = [{**each, "before": None, "before_correct": None} for each in predictions]
+    untrained = [{name: None if name.startswith("before") else each[name] for name in each} for each in predictions]
     return make_run(untrained, history=history((None, 1.5), accuracies=[0.5]), kept_epoch=None, data=None)
 
 
@@ -247,6 +249,20 @@ def test_page_of_a_run(open_page, answers):
     ]
 
 
+def test_each_metric_is_named_with_its_mean_before_and_after(open_page, answers):
+    answers[1]["after_anls"], answers[0]["after_exact"] = 0.75, False
+    page = open_page(make_run(answers))
+    assert shown(page, ".metrics tr") == [
+        "Metric Before After",
+        "Accuracy: the same answer once case, articles, punctuation and number words are set aside 25.0% 75.0%",
+        "Exact match: the same answer, character for character 50.0% 25.0%",
+        "ANLS: for longer answers, how much of the text is right: 1 less its edit distance, 0 below half 50.0% 68.8%",
+    ]
+    page = open_page(scored(answers))
+    assert [row.rsplit(maxsplit=1)[1] for row in shown(page, ".metrics tr")] == ["Now", "50.0%", "25.0%", "68.8%"]
+    assert shown(open_page(make_run()), ".metrics") == []
+
+
 def test_charts_say_in_words_what_they_show(open_page, answers):
     page = open_page(make_run(answers))
     assert [chart.accessible_name for chart in page.find_elements(By.CSS_SELECTOR, ".chart")] == [
@@ -331,6 +347,8 @@ def dataset(name, skipped=()):
         SimpleNamespace(source=f"{name}:{i}", image_path="a.jpg", question=question, answer=answer, picture="key")
         for i, (question, answer) in enumerate(texts, start=1)
     ]
+    for example in examples:
+        example.answers = (example.answer, "a pair")
     pictures = {"key": SimpleNamespace(path=Path("images/a.jpg"))}
     return SimpleNamespace(path=Path(name), examples=examples, pictures=pictures, skipped=list(skipped))
 
@@ -348,7 +366,7 @@ LEFT_OUT = [["valid.jsonl:7", "picture broken: 7.jpg: the file has changed"]]
 
 
 def test_predictions_are_of_what_was_asked():
-    before, after = {"valid.jsonl:2": "three"}, {"valid.jsonl:2": "2"}
+    before, after = {"valid.jsonl:2": "a pear"}, {"valid.jsonl:2": "2"}
     assert predictions(dataset("valid.jsonl"), before, after) == [
         {
             "source": "valid.jsonl:2",
@@ -356,14 +374,18 @@ def test_predictions_are_of_what_was_asked():
             "file": str(Path("images/a.jpg")),
             "question": "How many cars?",
             "answer": "Two.",
-            "before": "three",
+            "before": "a pear",
             "after": "2",
             "before_correct": False,
+            "before_exact": False,
+            "before_anls": 1 - 2 / 6,  # from "a pair"
             "after_correct": True,
+            "after_exact": False,
+            "after_anls": 0.0,
         }
     ]
     (alone,) = predictions(dataset("valid.jsonl"), {}, after)
-    assert (alone["before"], alone["before_correct"]) == (None, None)
+    assert {alone[f"before{metric}"] for metric in ("", "_correct", "_exact", "_anls")} == {None}
 
 
 def test_facts_are_what_the_report_shows(open_page):
@@ -546,6 +568,7 @@ def test_everything_from_the_data_is_text(open_page, tmp_path):
             machine={EVIL: EVIL},
         )
     )
+    page.execute_script("document.querySelector('.card').scrollIntoView()")  # out of sight it has no text
     assert shown(page, ".ask") == [EVIL]
     assert page.find_element(By.CSS_SELECTOR, ".card img").get_attribute("alt") == EVIL
     assert page.title == f"{EVIL}: report"

@@ -18,6 +18,7 @@ def dataset(name, lines, sizes=None, skipped=()):
             picture=picture,
             question=question,
             answer=answer,
+            answers=(answer,),
             source=f"{name}:{number}",
             prompt_ids=question.split(),
             answer_ids=[*answer.split(), "<end>"],
