@@ -128,11 +128,19 @@ class Metric(NamedTuple):
 
 METRICS = {  # by the word that predictions.jsonl has for each; the first is the one that verdicts rest on
     "correct": Metric(
-        "accuracy", "the same answer once case, articles, punctuation and number words are set aside", is_correct
+        "accuracy",
+        "the same answer once case, articles, punctuation and number words are set aside",
+        is_correct,
     ),
-    "exact": Metric("exact match", "the same answer, character for character", is_exact),
+    "exact": Metric(
+        "exact match",
+        "the same answer, character for character",
+        is_exact,
+    ),
     "anls": Metric(
-        "ANLS", "for longer answers, how much of the text is right: 1 less its edit distance, 0 below half", anls
+        "ANLS",
+        "for longer answers, the share of the text that is right, by edit distance; less than half is 0",
+        anls,
     ),
 }
 

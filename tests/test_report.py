@@ -256,7 +256,8 @@ def test_each_metric_is_named_with_its_mean_before_and_after(open_page, answers)
         "Metric Before After",
         "Accuracy: the same answer once case, articles, punctuation and number words are set aside 25.0% 75.0%",
         "Exact match: the same answer, character for character 50.0% 25.0%",
-        "ANLS: for longer answers, how much of the text is right: 1 less its edit distance, 0 below half 50.0% 68.8%",
+        "ANLS: for longer answers, the share of the text that is right, by edit distance; less than half is 0 "
+        "50.0% 68.8%",
     ]
     page = open_page(scored(answers))
     assert [row.rsplit(maxsplit=1)[1] for row in shown(page, ".metrics tr")] == ["Now", "50.0%", "25.0%", "68.8%"]
