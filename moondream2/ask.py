@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moondream2 import cli, log
 from moondream2.cli import InputError
 from moondream2.data import Example, read_lines, tokenize
-from moondream2.evaluation import accuracy_of, evaluate
+from moondream2.evaluation import evaluate
 from moondream2.features import FeatureStore
 from moondream2.files import write_text
 from moondream2.loading import checked_loading
 from moondream2.pictures import KnownPictures, PictureError, find_pictures, look, pixels_of, read_ahead, set_up_pillow
-from moondream2.report import facts, machine, predictions, write_report
+from moondream2.report import facts, machine, means_of, predictions, write_report
 from moondream2.rows import lay_out, whole_rows
+from moondream2.scoring import METRICS
 
 
 def load(folder):
@@ -97,11 +98,13 @@ def score(model, tokenizer, path, batch_size, output_dir, title):
     if scored:
         loss, given = asked(scored)
         answers |= given
-        right = accuracy_of(scored, answers)
-        print(f"{len(scored)} questions: Avg Loss: {loss:.4f}, accuracy: {right:.1%}")
-        history = [{"epoch": 0, "valid_loss": loss, "valid_accuracy": right, "seconds": 0.0}]
-    output_dir.mkdir(parents=True, exist_ok=True)
     lines = predictions(data, before={}, after=answers)
+    if scored:
+        scores = {name: score for name, (_, score) in means_of(lines).items()}
+        told = ", ".join(f"{METRICS[name].name}: {score:.1%}" for name, score in scores.items())
+        print(f"{len(scored)} questions: Avg Loss: {loss:.4f}, {told}")
+        history = [{"epoch": 0, "valid_loss": loss, "valid_accuracy": scores["correct"], "seconds": 0.0}]
+    output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "predictions.jsonl", "".join(json.dumps(each) + "\n" for each in lines))
     page = facts(
         title=title,

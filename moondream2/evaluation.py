@@ -11,7 +11,7 @@ from moondream2.features import image_embeds
 from moondream2.launch import gather
 from moondream2.modeling_moondream2 import to_answer
 from moondream2.rows import text_inputs
-from moondream2.scoring import accuracy, is_correct
+from moondream2.scoring import is_correct, mean
 
 LEAST_NEW_TOKENS = 64  # that an answer may have, however short those of the data are
 
@@ -81,4 +81,4 @@ def draw_questions(examples, most, seed):
 
 def accuracy_of(examples, answers):
     """The accuracy of {key: Answer} on those of the examples that were asked; None where none was."""
-    return accuracy(is_correct(answers[each.key].text, each.answers) for each in examples if each.key in answers)
+    return mean(is_correct(answers[each.key].text, each.answers) for each in examples if each.key in answers)

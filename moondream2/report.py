@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from moondream2.files import write_text
 from moondream2.modeling_moondream2 import Answer, upright_rgb
 from moondream2.pictures import PictureError, open_picture
-from moondream2.scoring import accuracy, is_correct
+from moondream2.scoring import METRICS, mean
 from moondream2.summary import counted, left_out_by_reason, summarize
 
 MOST_PICTURES = 300  # on the page; some 6 MB
@@ -65,6 +65,8 @@ CURVES = {  # of a number in the history: its name, its colour, its style
 def predictions(dataset, before: dict[str, Answer], after: dict[str, Answer]) -> list[dict]:
     """What was expected, answered before training and answered after it, for each example that was asked.
 
+    Each metric says what it gives the two answers, under names like "before_correct" and "after_anls".
+
     Args:
         dataset: the validation examples and their pictures.
         before: {key of an example: what the model answered before training}; may be empty.
@@ -87,13 +89,21 @@ def predictions(dataset, before: dict[str, Answer], after: dict[str, Answer]) ->
 
 
 def judged(when, answer, right):
-    """An answer beside those that count as right, as it stands in predictions.jsonl; None where none was given."""
+    """An answer and what each metric gives it, by names that begin with "before" or "after"; None where there is none.
+
+    Args:
+        right: the answers that count as right.
+    """
     said, probability, is_cut = answer or (None, None, None)
+    marks = {name: metric.score(said, right) if answer and right else None for name, metric in METRICS.items()}
+    told = {"": said, "_probability": probability, "_cut": is_cut, **{f"_{name}": mark for name, mark in marks.items()}}
+    return {f"{when}{name}": value for name, value in told.items()}
+
+
+def means_of(predictions) -> dict[str, list[float | None]]:
+    """{name of a metric: its means before and after training}; None where nothing was asked."""
     return {
-        when: said,
-        f"{when}_probability": probability,
-        f"{when}_cut": is_cut,
-        f"{when}_correct": is_correct(said, right) if answer and right else None,
+        name: [mean(each[f"{when}_{name}"] for each in predictions) for when in ("before", "after")] for name in METRICS
     }
 
 
@@ -181,6 +191,7 @@ def write_report(path: Path, run: dict) -> None:
     page = templates.get_template("report.html.jinja").render(
         run=run,
         scores=scores,
+        metrics=METRICS,
         verdict=verdict(scores),
         result_warnings=list(result_warnings(scores)),
         charts=list(charts(run, scores["baseline"])) if scores["is_trained"] else [],
@@ -207,18 +218,22 @@ def duration(seconds):
 
 
 def scores_of(run):
-    """What a verdict rests on: accuracy and loss before training and of the kept epoch, and the baseline."""
+    """What a verdict rests on: metrics and loss before training and of the kept epoch, and the baseline."""
     history, predictions = run["history"], run["predictions"]
     epochs = {record["epoch"]: record for record in history}
     first, last = epochs.get(0, {}) if any(epochs) else {}, history[-1] if history else {}
     kept = epochs.get(run["kept_epoch"], last)
-    before, after = first.get("valid_accuracy"), kept.get("valid_accuracy")
+    means = means_of(predictions)
+    taken = [record.get("valid_accuracy") for record in (first, kept)]  # also of pictures that are gone by now
+    means["correct"] = [now if then is None else then for then, now in zip(taken, means["correct"], strict=True)]
+    before, after = means["correct"]
     return {
         "is_trained": any(epochs),
         "kept": kept,
         "last": last,
-        "before": accuracy(each["before_correct"] for each in predictions) if before is None else before,
-        "after": accuracy(each["after_correct"] for each in predictions) if after is None else after,
+        "before": before,
+        "after": after,
+        "means": means,
         "loss_before": first.get("valid_loss"),
         "loss_after": kept.get("valid_loss"),
         "baseline": run["data"]["baseline_accuracy"] if run["data"] else None,

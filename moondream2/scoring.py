@@ -1,13 +1,44 @@
-"""Which answers count as right, and what a model that never looks at the picture would score."""
+"""Which answers count as right, by three metrics, and what a model that never looks at the picture would score."""
 
 import functools
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
 
-ARTICLES = {"a", "an", "the"}
-NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
-NUMBERS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+from rapidfuzz.distance import Levenshtein
+
+UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+UNITS += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+NUMBERS = {"none": 0} | {word: number for number, word in enumerate(UNITS)}
+NUMBERS |= {word: 10 * number for number, word in enumerate(TENS, start=2)}
+NUMBERS |= {f"{ten} {unit}": NUMBERS[ten] + NUMBERS[unit] for ten in TENS for unit in UNITS[1:10]}
+
+# What a typeset sign is on a keyboard, where NFKC does not tell.
+TYPESET = {"'": "\u2018\u2019\u02bc", "-": "\u2010\u2012\u2013\u2212", "#": "\u266f", "b": "\u266d"}
+TYPESET |= {"/": "\u2044\u2215", ".": "\u066b", ",": "\u066c", "%": "\u066a"}  # slashes; Arabic 3٫5, 1٬000, 50٪
+KEYBOARD = str.maketrans({sign: key for key, signs in TYPESET.items() for sign in signs})
+
+POWER = re.compile(r"(?<=\d)(?=[⁺⁻]?[⁰¹²³⁴-⁹]+(?![⁺⁻⁰¹²³⁴-⁹]))")  # within 10³, but not within SO4²⁻
+MIXED = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")  # within 1½
+THOUSANDS = re.compile(r"(?<!\d)(?<!\d[.,])[1-9]\d{0,2}(?:(?:[,']\d{3})+|(?:,\d\d)+,\d{3})(?![,']?\d)")
+NUMBER = re.compile(r"(?<![\w.])(?:(?<![\w+])\+)?(-?)(0|[1-9]\d*|(?=\.))(?:\.(\d+))?(?![\w.])")  # but not 007 or 1.2.3
+SIGN = re.compile(
+    r"""(?P<kept>
+        [%‰]
+      | (?<![^\W\d_]) \. (?=\d)              # 3.5, .5, but not No.5
+      | (?<![\w-]) - (?=[$€£¥]?\.?\d)        # -5, -$5
+      | (?<=[^\W_]) - (?![\w-])              # B-, Cl-
+      | (?<=[^\W\d_]) \#                     # C#, F#m
+      | (?<=\d) [/:*] (?=\d)                 # 3/4, 12:30
+      | (?<=(?<![\w*])\w) \* (?![\w*])       # A*, but not **yes**
+    ) | [^\w\s] | _""",
+    re.VERBOSE,
+)
+WORD = re.compile(rf"(?<!\S)(?:{'|'.join(sorted(NUMBERS, key=len, reverse=True))})(?!\S)")
+ARTICLE = re.compile(r"(?<!\S)(?:the|an|a(?!(?: (?:[^\W\d_]|[\d.]+))+$)) (?=\S)")  # but not the A of "A, C" or "A-4"
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -15,14 +46,14 @@ def normalize(answer: str) -> str:
     """The form in which two answers are compared; normalizing it again changes nothing.
 
     The steps are those of the VQA evaluation (Antol et al. 2015, https://visualqa.org/evaluation.html), for any script:
-    letters in one case and one Unicode form (NFKC), apostrophes dropped ("don't" is "dont"), commas between thousands
-    dropped, full stops dropped except before a digit, other punctuation turned into spaces except "%" and the minus of
-    a number, the words zero to ten and "none" turned into digits, articles dropped, spaces made single.
+    letters in one case and one Unicode form (NFKC), digits as 0 to 9, apostrophes, full stops and articles dropped,
+    other punctuation turned into spaces, number words turned into digits, spaces made single. Beyond it, a sign stays
+    where it says something (B-, Cl-, C#, -5, 3/4), and a number has one form (1,000.0 is 1000). docs/scoring.md shows
+    each rule by examples.
 
-    An answer that consists of articles keeps them: "A." may be a choice. One of nothing but punctuation stays as it is,
-    stripped and case-folded.
+    An answer of nothing but punctuation stays as it is, stripped and case-folded.
     """
-    folded = text = fold(answer)
+    folded = text = fold(MIXED.sub(" ", POWER.sub("^", answer)))
     while (simpler := simplify(text)) != text:  # almost always once; what a step drops may join what stood around it
         text = simpler
     return text or folded
@@ -30,42 +61,99 @@ def normalize(answer: str) -> str:
 
 def simplify(text):
     """One pass of what `normalize` does after folding."""
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub("['`]", "", text))
-    text = re.sub(r"\.(?!\d)", "", text)
-    text = re.sub(r"[^\w\s]|_", punctuation, text)
-    words = [NUMBERS.get(word, word) for word in text.split()]
-    return fold(" ".join([word for word in words if word not in ARTICLES] or words))
+    text = THOUSANDS.sub(lambda number: re.sub("[,']", "", number[0]), text)
+    text = re.sub(r"(?<=\d)'(?=\d)", " ", text)  # 5'10 is not 510
+    text = re.sub(r"['`]|\.(?!\d)", "", text)
+    text = NUMBER.sub(plain_number, SIGN.sub(kept_or_space, text))
+    text = re.sub(r"(?<=\d) (?=[%‰])", "", " ".join(text.split()))
+    text = WORD.sub(lambda word: str(NUMBERS[word[0]]), text)
+    return fold(ARTICLE.sub("", text))
 
 
 def fold(text):
-    """Case-folded NFKC with plain apostrophes and minus signs, stripped."""
+    """Case-folded NFKC with the signs of a keyboard and the digits 0 to 9, stripped."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    return unicodedata.normalize("NFKC", text).translate({0x2018: "'", 0x2019: "'", 0x2212: "-"}).strip()
+    text = unicodedata.normalize("NFKC", text).translate(KEYBOARD).strip()
+    return re.sub(r"\d", lambda digit: str(int(digit[0])), text)
 
 
-def punctuation(match):
-    """What takes the place of a character that is no letter, digit or space: itself where it says something."""
-    text, at = match.string, match.start()
-    character, before, after = text[at], text[max(at - 1, 0) : at], text[at + 1 : at + 2]
-    is_minus = character == "-" and after.isdigit() and not before.isalnum()
-    says_something = character == "%" or is_minus or (character == "." and after.isdigit())
-    return character if says_something or unicodedata.category(character)[0] != "P" else " "
+def kept_or_space(sign):
+    """What takes the place of a character that is no letter, digit or space: itself, or a space for punctuation."""
+    return sign[0] if sign["kept"] or unicodedata.category(sign[0])[0] != "P" else " "
 
 
-def is_correct(prediction: str, answers: tuple[str, ...]) -> bool:
-    """Whether it is one of these answers once all are normalized."""
-    return normalize(prediction) in map(normalize, answers)
+def plain_number(number):
+    """A number without plus, without zeros behind its decimals, and with one before its point; zero has no minus."""
+    minus, whole, decimals = number[1], number[2] or "0", (number[3] or "").rstrip("0")
+    plain = f"{whole}.{decimals}" if decimals else whole
+    return plain if plain == "0" else minus + plain
 
 
-def accuracy(marks) -> float | None:
-    """The fraction of answers that are right, 0.0 to 1.0.
+def is_correct(prediction: str, answers: str | tuple[str, ...]) -> bool:
+    """Whether a prediction is one of the right answers once both are normalized.
 
     Args:
-        marks: True or False for each answer; None for what was not asked, which does not count.
+        answers: the right answer, or a tuple of all that are right.
+    """
+    return normalize(prediction) in map(normalize, several(answers))
+
+
+def is_exact(prediction: str, answers: str | tuple[str, ...]) -> bool:
+    """Whether a prediction is one of the right answers character for character, stripped."""
+    return prediction.strip() in [answer.strip() for answer in several(answers)]
+
+
+def anls(prediction: str, answers: str | tuple[str, ...]) -> float:
+    """How much of the nearest right answer was hit, 0.0 to 1.0: DocVQA's score, whose mean is called ANLS.
+
+    It is 1 less the Levenshtein distance divided by the longer text's length, and 0.0 where less than half is hit
+    (Biten et al. 2019, https://arxiv.org/abs/1907.00490). Case and the number of spaces don't count.
+    """
+    texts = [" ".join(fold(text).split()) for text in (prediction, *several(answers))]
+    return max(Levenshtein.normalized_similarity(texts[0], text, score_cutoff=0.5) for text in texts[1:])
+
+
+def several(answers):
+    """A tuple of answers, also where one is given as a text, which would come apart into letters."""
+    return (answers,) if isinstance(answers, str) else answers
+
+
+class Metric(NamedTuple):
+    """What an answer is given for: `score(prediction, answers)`, whose mean over many has a name and a meaning."""
+
+    name: str
+    meaning: str
+    score: Callable
+
+
+METRICS = {  # by the word that predictions.jsonl has for each; the first is the one that verdicts rest on
+    "correct": Metric(
+        "accuracy",
+        "the same answer once case, articles, punctuation and number words are set aside",
+        is_correct,
+    ),
+    "exact": Metric(
+        "exact match",
+        "the same answer, character for character",
+        is_exact,
+    ),
+    "anls": Metric(
+        "ANLS",
+        "for longer answers, the share of the text that is right, by edit distance; less than half is 0",
+        anls,
+    ),
+}
+
+
+def mean(marks) -> float | None:
+    """The mean of what answers were given: of True and False, the fraction that is right.
+
+    Args:
+        marks: True or False, or 0.0 to 1.0, for each answer; None for what was not asked, which does not count.
     Returns:
         None where nothing counts.
     """
-    marks = [is_right for is_right in marks if is_right is not None]
+    marks = [mark for mark in marks if mark is not None]
     return sum(marks) / len(marks) if marks else None
 
 
@@ -95,6 +183,6 @@ def baseline_accuracy(train_examples, valid_examples) -> float:
     """
     answers = most_frequent_answers(train_examples)
     fallback = most_frequent(example.answer for example in train_examples)
-    return accuracy(
+    return mean(
         is_correct(answers.get(normalize(example.question), fallback), example.answers) for example in valid_examples
     )

@@ -44,11 +44,13 @@ def prediction(file, number, question, answer, before, after):
         "before": before,
         "before_probability": None if before is None else 0.5,
         "before_cut": None if before is None else False,
-        "before_correct": None if before is None else before == answer,
         "after": after,
         "after_probability": 0.75,
         "after_cut": False,
-        "after_correct": after == answer,
+    } | {
+        f"{when}_{metric}": None if said is None else said == answer
+        for when, said in (("before", before), ("after", after))
+        for metric in ("correct", "exact", "anls")
     }
 
 
@@ -104,7 +106,7 @@ def make_run(predictions=(), **changes):
 
 def scored(predictions):
     """A run that scores a saved model without training."""
-    untrained = [{**each, "before": None, "before_correct": None} for each in predictions]
+    untrained = [{name: None if name.startswith("before") else each[name] for name in each} for each in predictions]
     return make_run(untrained, history=history((None, 1.5), accuracies=[0.5]), kept_epoch=None, data=None)
 
 
@@ -254,6 +256,21 @@ def test_page_of_a_run(open_page, answers):
     ]
 
 
+def test_each_metric_is_named_with_its_mean_before_and_after(open_page, answers):
+    answers[1]["after_anls"], answers[0]["after_exact"] = 0.75, False
+    page = open_page(make_run(answers))
+    assert shown(page, ".metrics tr") == [
+        "Metric Before After",
+        "Accuracy: the same answer once case, articles, punctuation and number words are set aside 25.0% 75.0%",
+        "Exact match: the same answer, character for character 50.0% 25.0%",
+        "ANLS: for longer answers, the share of the text that is right, by edit distance; less than half is 0 "
+        "50.0% 68.8%",
+    ]
+    page = open_page(scored(answers))
+    assert [row.rsplit(maxsplit=1)[1] for row in shown(page, ".metrics tr")] == ["Now", "50.0%", "25.0%", "68.8%"]
+    assert shown(open_page(make_run()), ".metrics") == []
+
+
 def test_charts_say_in_words_what_they_show(open_page, answers):
     page = open_page(make_run(answers))
     assert [chart.accessible_name for chart in page.find_elements(By.CSS_SELECTOR, ".chart")] == [
@@ -335,7 +352,7 @@ def dataset(name, skipped=()):
     """Two examples on a picture."""
     texts = [("Is it safe to cross?", "Yes."), ("How many cars?", "Two.")]
     examples = [
-        Example(f"{name}:{i}", "a.jpg", question, (answer,), picture="key", prompt_ids=[1], answer_ids=[2])
+        Example(f"{name}:{i}", "a.jpg", question, (answer, "a pair"), picture="key", prompt_ids=[1], answer_ids=[2])
         for i, (question, answer) in enumerate(texts, start=1)
     ]
     pictures = {"key": SimpleNamespace(path=Path("images/a.jpg"))}
@@ -357,7 +374,7 @@ LEFT_OUT = [["valid.jsonl:7", "picture broken: 7.jpg: the file has changed"]]
 def test_predictions_are_of_what_was_asked():
     valid = dataset("valid.jsonl")
     key = valid.examples[1].key
-    before, after = {key: Answer("three", 0.25, True)}, {key: Answer("2", 0.5, False)}
+    before, after = {key: Answer("a pear", 0.25, True)}, {key: Answer("2", 0.5, False)}
     assert predictions(valid, before, after) == [
         {
             "source": "valid.jsonl:2",
@@ -365,15 +382,19 @@ def test_predictions_are_of_what_was_asked():
             "file": str(Path("images/a.jpg")),
             "question": "How many cars?",
             "answer": "Two.",
-            "answers": ["Two."],
-            "before": "three",
+            "answers": ["Two.", "a pair"],
+            "before": "a pear",
             "before_probability": 0.25,
             "before_cut": True,
             "before_correct": False,
+            "before_exact": False,
+            "before_anls": 1 - 2 / 6,  # from "a pair"
             "after": "2",
             "after_probability": 0.5,
             "after_cut": False,
             "after_correct": True,
+            "after_exact": False,
+            "after_anls": 0.0,
         }
     ]
     (alone,) = predictions(valid, {}, after)
@@ -580,6 +601,7 @@ def test_everything_from_the_data_is_text(open_page, tmp_path):
             machine={EVIL: EVIL},
         )
     )
+    page.execute_script("document.querySelector('.card').scrollIntoView()")  # out of sight it has no text
     assert shown(page, ".ask") == [EVIL]
     assert page.find_element(By.CSS_SELECTOR, ".card img").get_attribute("alt") == EVIL
     assert page.title == f"{EVIL}: report"

@@ -251,6 +251,14 @@ def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(d
     assert taken == [4, 12]
 
 
+def test_asking_about_a_file_names_each_metric(data, tmp_path, capsys):
+    ask.score(*ask.load(TINY), data / "valid.jsonl", 2, tmp_path, "title")
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    mean = {name: sum(line[f"after_{name}"] for line in lines) / len(lines) for name in ("correct", "exact", "anls")}
+    scores = f"accuracy: {mean['correct']:.1%}, exact match: {mean['exact']:.1%}, ANLS: {mean['anls']:.1%}"
+    assert capsys.readouterr().out.splitlines()[0].endswith(scores)
+
+
 def test_from_the_hub_its_files_are_loaded_and_none_of_its_code(data, tmp_path):
     """The default MODEL_ID and REVISION, found in a cache laid out as the hub's; its code would end the run."""
     snapshot = tmp_path / "hub" / "models--vikhyatk--moondream2" / "snapshots" / script.REVISION

@@ -1,12 +1,39 @@
-"""What counts as a right answer, and the baseline."""
+"""What counts as a right answer, by each metric, and the baseline."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moondream2.scoring import accuracy, baseline_accuracy, is_correct, most_frequent_answers, normalize
+from moondream2.scoring import anls, baseline_accuracy, is_correct, is_exact, mean, most_frequent_answers, normalize
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "scoring.md").read_text(encoding="utf-8")
+
+
+def rows(heading):
+    """The first three cells of each row of the table under a heading of docs/scoring.md, without backquotes."""
+    part = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+    found = re.findall(r"^\| `(.+?)` \| `(.+?)` \| (.*)\|$", part, re.M)
+    assert len(found) == len(re.findall("^\\|", part, re.M)) - 2  # but its head
+    return found
+
+
+@pytest.mark.parametrize(("one", "other", "why"), rows("The same answer"))
+def test_the_same_answer(one, other, why):
+    assert is_correct(one, other) and is_correct(other, one)
+
+
+@pytest.mark.parametrize(("one", "other", "why"), rows("Different answers"))
+def test_different_answers(one, other, why):
+    assert not is_correct(one, other) and not is_correct(other, one)
+
+
+@pytest.mark.parametrize(("right", "answered", "expected"), rows("ANLS"))
+def test_anls_of_the_page(right, answered, expected):
+    assert f"{anls(answered, right):.2f}" == expected.strip()
 
 
 @pytest.mark.parametrize(
@@ -47,7 +74,7 @@ def test_normalize(answer, expected):
     assert normalize(answer) == expected
 
 
-@given(st.text() | st.text(alphabet="aAnthe o1.,-'’%_ 5?", max_size=12))
+@given(st.text() | st.text(alphabet="aAnthe o1.,-'’%_ 5?+#*/:$²½⁻♭٣–^", max_size=12))
 @example("1,.000")
 @example("the _a")
 @example("A.\u0300-0")
@@ -60,10 +87,41 @@ def test_different_answers_stay_different(prediction, answer):
     assert not is_correct(prediction, (answer,))
 
 
-def test_accuracy_is_the_fraction_that_is_right_of_what_was_asked():
-    assert accuracy([True, False, None, True]) == pytest.approx(2 / 3)
-    assert accuracy([None]) is None
-    assert accuracy([]) is None
+def test_one_of_several_right_answers_is_right():
+    answers = ("Two.", "a pair")
+    assert is_correct("2", answers) and is_correct("Pair", answers) and not is_correct("3", answers)
+    assert is_exact(" a pair", answers) and is_exact("Two.", answers) and not is_exact("Two", answers)
+    assert anls("a pear", answers) == anls("a pear", answers[::-1]) == anls("a pear", "a pair") == 1 - 2 / 6
+
+
+def test_a_text_is_one_answer_and_not_its_letters():
+    assert is_correct("yes", "Yes.") and is_exact("Yes.", "Yes.") and anls("Yes.", "Yes.") == 1
+    assert not is_correct("y", "yes") and not is_exact("y", "yes") and anls("y", "yes") == 0
+
+
+@given(*[st.text(alphabet="abc ", max_size=8)] * 2)
+def test_anls_is_by_the_edit_distance(right, answered):
+    right, answered = " ".join(right.split()), " ".join(answered.split())
+    distances = {(i, j): max(i, j) for i in range(len(right) + 1) for j in range(len(answered) + 1) if not i * j}
+    for i, one in enumerate(right, start=1):
+        for j, other in enumerate(answered, start=1):
+            replaced = distances[i - 1, j - 1] + (one != other)
+            distances[i, j] = min(replaced, distances[i - 1, j] + 1, distances[i, j - 1] + 1)
+    longer = max(len(right), len(answered), 1)
+    similarity = 1 - distances[len(right), len(answered)] / longer
+    assert anls(answered, right) == pytest.approx(similarity if similarity >= 0.5 else 0)
+
+
+def test_half_of_the_text_right_counts_as_half():
+    """As in DocVQA's own program; its paper leaves this out."""
+    assert anls("abxy", "abcd") == 0.5 and anls("axyz", "abcd") == 0
+
+
+def test_the_mean_is_over_what_was_asked():
+    assert mean([True, False, None, True]) == pytest.approx(2 / 3)
+    assert mean([0.25, None, 1.0]) == 0.625
+    assert mean([None]) is None
+    assert mean([]) is None
 
 
 def examples(*pairs):
@@ -91,6 +149,8 @@ def test_ties_do_not_depend_on_the_order_of_the_file():
 def test_baseline_goes_by_question_and_by_all_answers_for_an_unseen_one():
     valid = examples(("Is it safe?", "yes"), ("how many", "2"), ("Is it raining?", "Yes!"), ("Is it night?", "no"))
     assert baseline_accuracy(TRAIN, valid) == 0.75
+    valid[3].answers = ("no", "yes")
+    assert baseline_accuracy(TRAIN, valid) == 1
 
 
 def test_a_hyphen_is_a_minus_only_where_a_number_begins():
