@@ -7,6 +7,7 @@ says which values it may have, the comment behind it is its help. A comment line
 
 import argparse
 import difflib
+import io
 import re
 import sys
 import tokenize
@@ -128,6 +129,9 @@ def in_plain_words(message):
 
 def run(main):
     """Runs `main`; what a person can mend ends the program with one line and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file; what its encoding lacks is printed as \u4e16
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:

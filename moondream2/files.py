@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import uuid
 
 from moondream2.cli import InputError
@@ -13,7 +14,10 @@ from moondream2.cli import InputError
 
 def sync(path):
     """Flushes a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    is_windows = sys.platform == "win32"  # which opens no folder, and flushes only a file that is open for writing
+    if is_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -81,8 +85,9 @@ def write_whole(path, durable=True):
 
 
 def write_text(path, text):
+    """Writes a text in UTF-8, its lines' ends the same on every system."""
     with write_whole(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", newline="\n")
 
 
 def is_finite(number):

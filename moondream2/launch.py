@@ -98,7 +98,7 @@ def one_speaks(accelerator):
     """
     with contextlib.ExitStack() as stack:
         if not accelerator.is_main_process:
-            nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: PTH123
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             if transformers.utils.logging.is_progress_bar_enabled():
                 transformers.utils.logging.disable_progress_bar()

@@ -343,7 +343,7 @@ class KnownPictures:
         try:
             self.index.parent.mkdir(parents=True, exist_ok=True)
             with write_whole(self.index, durable=False) as beside:
-                beside.write_text(json.dumps(self.read() | new))
+                beside.write_text(json.dumps(self.read() | new), encoding="utf-8")
         except (OSError, InputError) as error:
             print(f"{error}: the next start reads all pictures again")
 
