@@ -26,7 +26,7 @@ MIXED = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")  # within 1½
 THOUSANDS = re.compile(r"(?<!\d)(?<!\d[.,])[1-9]\d{0,2}(?:(?:[,']\d{3})+|(?:,\d\d)+,\d{3})(?![,']?\d)")
 NUMBER = re.compile(r"(?<![\w.])(?:(?<![\w+])\+)?(-?)(0|[1-9]\d*|(?=\.))(?:\.(\d+))?(?![\w.])")  # but not 007 or 1.2.3
 SIGN = re.compile(
-    r"""(?P<kept>
+    r"""(?=[^\w\s]|_)(?:(?P<kept>  # any character that is no letter, digit or space; kept are these:
         [%‰]
       | (?<![^\W\d_]) \. (?=\d)              # 3.5, .5, but not No.5
       | (?<![\w-]) - (?=[$€£¥]?\.?\d)        # -5, -$5
@@ -34,7 +34,7 @@ SIGN = re.compile(
       | (?<=[^\W\d_]) \#                     # C#, F#m
       | (?<=\d) [/:*] (?=\d)                 # 3/4, 12:30
       | (?<=(?<![\w*])\w) \* (?![\w*])       # A*, but not **yes**
-    ) | [^\w\s] | _""",
+    )|.)""",
     re.VERBOSE,
 )
 WORD = re.compile(rf"(?<!\S)(?:{'|'.join(sorted(NUMBERS, key=len, reverse=True))})(?!\S)")
@@ -72,6 +72,8 @@ def simplify(text):
 
 def fold(text):
     """Case-folded NFKC with the signs of a keyboard and the digits 0 to 9, stripped."""
+    if text.isascii():
+        return text.lower().strip()  # the same, sooner
     text = unicodedata.normalize("NFKC", text).casefold()
     text = unicodedata.normalize("NFKC", text).translate(KEYBOARD).strip()
     return re.sub(r"\d", lambda digit: str(int(digit[0])), text)
