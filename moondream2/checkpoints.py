@@ -27,6 +27,7 @@ from moondream2.launch import any_true, from_main, with_heartbeat
 from moondream2.modeling_moondream2 import Answer
 
 VERSION = 2  # of what a checkpoint holds
+WAY_OUT = ": give another OUTPUT_DIR, or discard that run by --overwrite true"
 CHECKPOINT = re.compile(r"epoch-\d{6}-step-\d{8}")
 
 
@@ -261,10 +262,23 @@ class Checkpoints:
             if CHECKPOINT.fullmatch(name_of_unfinished(file.name) or ""):
                 remove(file)
 
-    def refuse_finished(self, overwrite):
-        """Raises InputError where OUTPUT_DIR holds a finished model that may not be replaced."""
+    def refuse_another_run(self, constants, may_change, train, valid):
+        """Raises InputError where the newest checkpoint is of another version or of a run with other settings.
+
+        The vision encoder, which takes loading to be known, is not asked.
+        """
+        try:
+            saved = self.progress().settings
+            settings = settings_of(constants, may_change, train, valid, saved["vision_encoder"])
+            refuse_other_run(self, saved, settings)
+        except InputError as error:
+            raise InputError(f"{error}{WAY_OUT}") from None
+
+    def refuse_finished(self, overwrite, is_look=False):
+        """Raises InputError where a finished model may not be replaced; a look removes nothing."""
         if self.output_dir.holds_model() and not self.newest():
-            self.discard()  # it may have died while it did
+            if not is_look:
+                self.discard()  # it may have died while it did
             if not overwrite:
                 raise InputError(
                     f"{self.output_dir.path} holds a finished model: give another OUTPUT_DIR or --overwrite true"
@@ -315,7 +329,7 @@ def resume_or_start(checkpoints, settings, constants, processes):
         refuse_other_run(checkpoints, progress.settings, settings)
     except InputError as error:
         if not constants.overwrite:
-            raise InputError(f"{error}: give another OUTPUT_DIR, or discard that run by --overwrite true") from None
+            raise InputError(f"{error}{WAY_OUT}") from None
         checkpoints.discard()
         return new
     print(f"Going on in epoch {progress.epoch} after step {progress.step}, from {checkpoints.newest()}")

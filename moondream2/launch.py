@@ -39,8 +39,7 @@ def start(tracker=None, folder=None):
         InputError: they were launched in a way that this script doesn't train in, or on a card that it doesn't train
             on, or the tracker is not installed.
     """
-    if tracker and not importlib.util.find_spec(tracker):
-        raise InputError(f"TRACKER {tracker!r} needs its package: pip install {tracker}")
+    refuse_missing_tracker(tracker)
     in_buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # which are not a second copy then
     handlers = [in_buckets, InitProcessGroupKwargs(timeout=TIMEOUT)]
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers, log_with=tracker, project_dir=folder)
@@ -61,6 +60,12 @@ def start(tracker=None, folder=None):
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         print(what_it_runs_on(accelerator.device, accelerator.num_processes, here), flush=True)
     return accelerator
+
+
+def refuse_missing_tracker(tracker):
+    """Raises InputError where the tracker is not installed."""
+    if tracker and not importlib.util.find_spec(tracker):
+        raise InputError(f"TRACKER {tracker!r} needs its package: pip install {tracker}")
 
 
 def start_tracker(accelerator, constants, progress):

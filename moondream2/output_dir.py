@@ -53,23 +53,39 @@ class OutputDir:
             InputError: another run holds it, it has files that no run has written, it holds the model that is to be
                 read, or it can't be written to.
         """
-        self.refuse_model(model_id)
-        folders = {TRACKED} if tracker == "tensorboard" else set()
+        self.look(model_id, tracker)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.refuse_unmarked()
             lock = FileLock(self.path / LOCK).acquire(timeout=0)
         except Timeout:
             raise InputError(f"another run is writing to {self.path}: wait, or give another OUTPUT_DIR") from None
         except OSError as error:
             raise InputError(f"cannot write to {self.path}: {error.strerror or error}") from error
         with lock:
-            self.read_marker()
-            self.refuse_taken({*NAMES} | folders)
+            if not (self.path / MARKER).exists():
+                self.write_marker()
+            folders = self.look(model_id, tracker)  # once more: another run may have ended meanwhile
             self.remove_unfinished()
             for name in folders:
                 self.own(name)
             yield
+
+    def look(self, model_id, tracker=None):
+        """Raises InputError where a run could not write here, as `held` does, and writes nothing itself.
+
+        Returns:
+            the names of the folders that the tracker fills.
+        """
+        folders = {TRACKED} if tracker == "tensorboard" else set()
+        self.refuse_model(model_id)
+        if self.path.exists():
+            try:
+                self.refuse_unmarked()
+            except OSError as error:
+                raise InputError(f"cannot write to {self.path}: {error.strerror or error}") from error
+            self.read_marker()
+            self.refuse_taken({*NAMES} | folders)
+        return folders
 
     def refuse_model(self, model_id):
         model, folder = Path(model_id).resolve(), self.path.resolve()
@@ -89,7 +105,7 @@ class OutputDir:
     def read_marker(self):
         marker = self.path / MARKER
         if not marker.exists():
-            self.write_marker()
+            return
         try:
             saved = json.loads(marker.read_text(encoding="utf-8"))
         except ValueError:
