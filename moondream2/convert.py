@@ -94,7 +94,7 @@ def read_turns(turns, notes):
     """The pictures that lie in the turns of a conversation, and its (question, answer)s."""
     pictures, pairs, asked = [], [], None
     for turn in turns:
-        role, content = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content")
+        role, content = str(turn.get("from") or turn.get("role")), turn.get("value") or turn.get("content")
         if isinstance(content, list):  # of texts and pictures
             parts = [part if isinstance(part, dict) else {"text": part} for part in content]
             pictures += [value for part in parts if (value := part.get("image") or part.get("image_url"))]
@@ -181,11 +181,8 @@ class Pictures:
 
     def keep(self, content):
         """Makes a file of a picture, once for each content."""
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                kind = image.format.lower()
-        except Exception as error:  # Pillow raises many kinds
-            raise Unusable(f"picture broken ({type(error).__name__})") from None
+        if (kind := format_of(content)) is None:
+            raise Unusable("picture broken")
         if self.filled is None:
             refuse(self.folder)
             self.filled = self.stack.enter_context(write_whole(self.folder))
@@ -221,13 +218,24 @@ def content_of(value):
     """The bytes of a picture that lies in a sample as bytes, base64 or a data: address; None where it is a path."""
     if isinstance(value, bytes):
         return value
-    is_data = value.startswith("data:")
-    if not is_data and ("." in value or len(value) < 256):  # base64 has no dots, and a name is not as long
+    is_address = value.startswith("data:")
+    if not is_address and "." in value:  # which base64 has not
         return None
     try:
-        return base64.b64decode("".join(value.partition(",")[2].split() if is_data else value.split()), validate=True)
+        text = value.partition(",")[2] if is_address else value
+        content = base64.b64decode("".join(text.split()), validate=True)
     except ValueError:
-        return b"" if is_data else None
+        content = b""
+    return content if is_address or format_of(content) else None
+
+
+def format_of(content):
+    """Pillow's name for the format of a picture, in lower case; None where it knows none."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.format.lower()
+    except Exception:  # it raises many kinds
+        return None
 
 
 def refuse(path):

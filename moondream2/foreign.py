@@ -119,7 +119,9 @@ def read_json(path):
     """The values of a JSON file: of one array, or one below the other, a line each or pretty-printed."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     with path.open(encoding="utf-8-sig") as file:
-        text = file.read(CHUNK).lstrip()
+        text = ""
+        while not text and (more := file.read(CHUNK)):
+            text = more.lstrip()
         is_array = text.startswith("[")
         at, number = int(is_array), 1
         while True:
