@@ -261,7 +261,7 @@ def test_what_datasets_cannot_read_is_one_line(folder):
     for source, options, error in (
         ("owner/name", {}, "cannot read owner/name: Couldn't reach 'owner/name' on the Hub"),
         (str(folder), {"split": "test"}, "Unknown split \"test\". Should be one of ['train']"),
-        ("gone.parquet", {}, "there is no file or folder gone.parquet"),
+        ("data/gone.parquet", {}, "there is no file or folder data/gone.parquet"),
     ):
         with pytest.raises(InputError) as raised:
             lines_of(source, folder / "made.jsonl", **options)
@@ -451,6 +451,11 @@ def test_nothing_that_exists_is_overwritten(folder, name):
     with pytest.raises(InputError, match=f"{name} exists, and nothing is overwritten"):
         converted(folder, inside(2))
     assert {path.name for path in folder.iterdir()} == {"a.png", "b.png", "source.jsonl", name}
+
+
+def test_a_target_that_exists_is_told_before_anything_is_read(folder):
+    with pytest.raises(InputError, match="a.png exists"):
+        lines_of(folder / "gone.json", folder / "a.png")
 
 
 @pytest.mark.parametrize("ended_by", [InputError, KeyboardInterrupt])
