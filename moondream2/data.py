@@ -5,6 +5,7 @@ import json
 from typing import NamedTuple
 
 from moondream2.cli import InputError
+from moondream2.foreign import described
 from moondream2.modeling_moondream2 import answer_text, prompt_text, token_ids
 from moondream2.scoring import most_frequent
 
@@ -71,7 +72,7 @@ def read_lines(path, end_of_text, is_labelled=True):
             taken off, for the model's own is put behind every answer.
         is_labelled: False where a line may go without "answer".
     Raises:
-        InputError: the file can't be read, or lines are malformed; the first ten are named.
+        InputError: the file can't be read, is in another form, or lines are malformed; the first ten are named.
     """
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -84,6 +85,8 @@ def read_lines(path, end_of_text, is_labelled=True):
                 found.append(Line(f"{path}:{number}", *parse_line(line, end_of_text, is_labelled)))
             except ValueError as error:
                 wrong.append(f"  {path}:{number}: {error}")
+    if wrong and not found and (form := described(path)):
+        raise InputError(form)
     if wrong:
         more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise InputError("\n".join([f"{len(wrong)} malformed lines in {path}", *wrong[:10]]) + more)

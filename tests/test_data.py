@@ -148,6 +148,25 @@ def test_what_an_example_is_does_not_hang_on_its_files_name(folder, monkeypatch)
     assert [example.key for example in dataset(Path("lines.jsonl"))] == keys and len(set(keys)) == 3
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            [{"image": "a.png", "conversations": []}],
+            "is a JSON array with keys image, conversations: python",
+        ),
+        (
+            "image,question,answer\na.png,Q,A\n",
+            "is CSV with keys image, question, answer: python -m moon",
+        ),
+    ],
+)
+def test_a_file_in_another_form_is_told_by_its_keys(folder, content, said):
+    with pytest.raises(InputError) as error:
+        read(folder, content if isinstance(content, str) else json.dumps(content, indent=1))
+    assert f"{folder}/lines.jsonl {said}" in str(error.value) and "malformed" not in str(error.value)
+
+
 def test_where_most_pictures_are_missing_it_is_an_error(folder):
     """It says what was looked for, where, and what is there; up to a half they are skipped."""
     (folder / "photos").mkdir()

@@ -197,7 +197,7 @@ def test_the_readmes_line_is_one_of_data():
 def test_constants_and_flags_exist(page):
     constants = set(cli.annotations(script))
     assert set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", page.read_text(encoding="utf-8"))) <= constants | ENVIRONMENT
-    programs = [*(ROOT / "tests").glob("*.py"), ROOT / "moondream2" / "ask.py"]
+    programs = [*(ROOT / "tests").glob("*.py"), *(ROOT / "moondream2").glob("*.py")]
     options = {flag for file in programs for flag in re.findall(r'add_argument\("(--\w+)"', file.read_text("utf-8"))}
     options |= OTHER_FLAGS
     for words in inline(page):
