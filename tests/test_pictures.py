@@ -15,15 +15,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFile, PngImagePlugin
 
 from moondream2 import modeling_moondream2, pictures
 from moondream2.pictures import (
+    CLIPPED,
+    CUT,
+    FLAT,
+    SCALED,
     BrokenPicture,
     KnownPictures,
     Picture,
     PictureError,
     decode,
+    examine,
     find_picture,
     find_pictures,
     look,
@@ -238,7 +243,7 @@ def set_up(monkeypatch):
 def test_importing_the_package_changes_no_setting_of_pillows():
     code = """
 import pkgutil, warnings
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFile, PngImagePlugin
 import PIL.JpegImagePlugin, torch, transformers, accelerate, matplotlib
 def settings():
     modules = (Image, ImageFile, PngImagePlugin, PIL.JpegImagePlugin)
@@ -399,6 +404,53 @@ def test_heic_is_read_where_its_package_is_and_named_where_it_is_not(tmp_path, p
     found = known.look_at([tmp_path / "a.heic"])[tmp_path / "a.heic"]
     upright = pixels_of(found, modeling_moondream2.upright_rgb)
     assert upright.size == (300, 400) and difference(upright, photo.transpose(Image.Transpose.ROTATE_270)) < 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said of pictures that are used
+# ---------------------------------------------------------------------------------------------------------------------
+
+NAN, RAMP = float("nan"), np.linspace(0, 1, 6000).reshape(60, 100)
+
+
+@pytest.mark.parametrize(
+    ("values", "remarks"),
+    [
+        ((255 * RAMP).astype("u1"), []),
+        ((4095 * RAMP).astype("u2"), [SCALED]),
+        ((255 * RAMP).astype("i4"), [SCALED]),
+        ((255 * RAMP).astype("i4") - 1, [SCALED, CLIPPED]),
+        (RAMP.astype("f4"), [SCALED]),
+        ((255 * RAMP).astype("f4"), [SCALED]),
+        ((256 * RAMP).astype("f4"), [SCALED, CLIPPED]),
+        (RAMP.astype("f4") - 0.1, [SCALED, CLIPPED]),
+        (np.where(RAMP < 0.5, RAMP, NAN).astype("f4"), [SCALED, CLIPPED]),
+        (np.where(RAMP < 0.5, RAMP, np.inf).astype("f4"), [SCALED, CLIPPED]),
+        (np.zeros((60, 100), "u2"), [SCALED, FLAT]),
+        ((15 * RAMP).astype("u1") + 100, [FLAT]),
+        ((17 * RAMP).astype("u1") + 100, []),
+        (np.full((60, 100, 3), (255, 0, 0), "u1"), [FLAT]),
+        (np.stack([RAMP * 0, RAMP * 0, RAMP * 40], -1).astype("u1"), []),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_what_is_said_of_a_pictures_values(tmp_path, values, remarks):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    pixels, said = examine(look(tmp_path / "a.tif"), modeling_moondream2.preprocess)
+    assert said == remarks
+    assert torch.equal(pixels, pixels_of(look(tmp_path / "a.tif"), modeling_moondream2.preprocess))
+
+
+def test_of_a_page_with_one_short_line_nothing_is_said(tmp_path):
+    page = Image.new("RGB", (1240, 1754), "white")
+    ImageDraw.Draw(page).text((600, 20), "7", fill="black", font_size=24)
+    page.save(tmp_path / "page.png")
+    assert examine(look(tmp_path / "page.png"), modeling_moondream2.preprocess)[1] == []
+
+
+def test_of_a_jpeg_that_lacks_its_last_bytes_it_is_said(tmp_path, photo):
+    (tmp_path / "a.jpg").write_bytes(jpeg(photo)[:-2])
+    assert examine(look(tmp_path / "a.jpg"), modeling_moondream2.preprocess)[1] == [CUT]
 
 
 def test_a_picture_that_is_gone_or_takes_too_much_memory_is_not_called_broken(files):
