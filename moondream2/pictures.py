@@ -145,7 +145,7 @@ def open_image(file):
     except UnidentifiedImageError:
         file.seek(0)
         start = file.read(12)
-        if start[4:8] == b"ftyp" and start[8:] in HEIF:
+        if start[4:8] == b"ftyp" and start[8:] in HEIF and "HEIF" not in Image.OPEN:
             raise PictureError("pip install pillow-heif, which reads HEIC", "picture needs a package") from None
         raise
     most = MAX_JPEG_PIXELS if isinstance(image, JpegImageFile) else MAX_PIXELS

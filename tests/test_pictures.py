@@ -403,6 +403,10 @@ def test_heic_is_read_where_its_package_is_and_named_where_it_is_not(tmp_path, p
     set_up()
     found = known.look_at([tmp_path / "a.heic"])[tmp_path / "a.heic"]
     upright = pixels_of(found, modeling_moondream2.upright_rgb)
+    (tmp_path / "b.heic").write_bytes((tmp_path / "a.heic").read_bytes()[:50])
+    with pytest.raises(PictureError, match="cannot identify") as error:
+        look(tmp_path / "b.heic")
+    assert error.value.kind == "picture broken"
     assert upright.size == (300, 400) and difference(upright, photo.transpose(Image.Transpose.ROTATE_270)) < 10
 
 
