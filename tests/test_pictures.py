@@ -302,7 +302,8 @@ KINDS = [("RGB", {}), ("RGB", {"subsampling": 0}), ("RGB", {"restart_marker_rows
 @pytest.mark.parametrize(("mode", "options"), KINDS, ids=str)
 @pytest.mark.parametrize("is_large", [False, True])
 def test_of_a_jpeg_without_its_last_bytes_the_rows_there_are_counted(photo, monkeypatch, mode, options, is_large):
-    """Against where it differs from the whole one; it may be off by the rows of a block, that decoders blend."""
+    """Against the first that differs from the whole one's: exactly, but where coarser colours blend with the next."""
+    is_blended = mode == "RGB" and "subsampling" not in options
     monkeypatch.setattr(modeling_moondream2, "MAX_PIXELS", 10_000 if is_large else 10**6)
     content = jpeg(photo, mode, **options)
     whole, is_cut = decode(content)
@@ -312,7 +313,7 @@ def test_of_a_jpeg_without_its_last_bytes_the_rows_there_are_counted(photo, monk
         modeling_moondream2.decode_smaller(padded)
         same = (np.asarray(padded) == np.asarray(whole)).reshape(whole.height, -1).all(axis=1)
         there = whole.height if same.all() else int(np.argmin(same))
-        assert rows_there(padded, content[:end]) - there in range(19)
+        assert rows_there(padded, content[:end]) - there in range(19 if is_blended else 1)
         if there >= 0.95 * whole.height:
             image, is_cut = decode(content[:end])
             assert is_cut and difference(image, whole) < 3
@@ -346,10 +347,12 @@ def test_a_progressive_jpeg_is_whole_as_soon_as_all_its_detail_has_come_once(pho
     assert difference(coarse, whole) > 12  # as what is refused is
 
 
-@pytest.mark.parametrize("form", ["PNG", "GIF", "TIFF", "WEBP", "BMP"])
-def test_pictures_of_other_forms_without_their_last_bytes_are_broken(tmp_path, photo, form):
+@pytest.mark.parametrize(
+    ("form", "bytes_cut"), [("PNG", 100), ("GIF", 100), ("TIFF", 100), ("WEBP", 100), ("BMP", 100), ("BMP", 2)]
+)
+def test_pictures_of_other_forms_without_their_last_bytes_are_broken(tmp_path, photo, form, bytes_cut):
     photo.save(tmp_path / "a", form)
-    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-100])
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-bytes_cut])
     with pytest.raises(PictureError):
         pixels_of(look(tmp_path / "a"), lambda image: image)
 
