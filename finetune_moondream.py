@@ -47,7 +47,7 @@ from moondream2.pictures import KnownPictures, PictureError, find_pictures, read
 from moondream2.report import facts_of_run, predictions, write_report
 from moondream2.rows import StepSampler, lay_out, text_inputs, whole_rows
 from moondream2.scoring import baseline_accuracy
-from moondream2.summary import format_table, summarize
+from moondream2.summary import format_table, remarked, summarize
 
 # Edit the values; each is also a flag: `EPOCHS = 5` is `--epochs 5` on the command line. What stands between name and
 # value says what is allowed; MayChange, that it may be another when an interrupted run goes on.
@@ -100,12 +100,13 @@ class VQADataset(Dataset):
         examples: list of Example.
         pictures: {key: Picture}, one for each different content.
         skipped: list of (source, reason) of the lines left out.
+        remarks: {key: list of what is to be said of a picture}, once all are decoded.
     Raises:
         InputError: no example is left.
     """
 
     def __init__(self, path, lines, found, tokenizer, max_text_tokens):
-        self.path, self.examples, self.pictures, self.skipped = Path(path), [], {}, []
+        self.path, self.examples, self.pictures, self.skipped, self.remarks = Path(path), [], {}, [], {}
         for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, tokenizer), strict=True):
             picture, tokens = found[line.image_path], len(prompt_ids) + len(answer_ids)
             if line.lacks:
@@ -377,8 +378,9 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
     progress = from_main(accelerator, resume_or_start, checkpoints, settings, constants, accelerator.num_processes)
     start_tracker(accelerator, constants, progress)
     pictures = train.pictures | valid.pictures
-    broken = keep_features(list(pictures.values()), model.vision_encoder, store, accelerator, stop.together)
-    log.left_out_before(train.leave_out(broken) + valid.leave_out(broken))
+    broken, remarks = keep_features(list(pictures.values()), model.vision_encoder, store, accelerator, stop.together)
+    train.remarks = valid.remarks = remarks
+    log.decoded(train.leave_out(broken) + valid.leave_out(broken), remarked(train, valid))
 
     order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
     sampler = StepSampler(train, prefix, *order, accelerator.process_index, accelerator.num_processes)

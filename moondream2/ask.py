@@ -6,6 +6,7 @@ python -m moondream2.ask moondream_crosswalks_finetuned valid.jsonl
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from moondream2.evaluation import evaluate
 from moondream2.features import FeatureStore
 from moondream2.files import write_text
 from moondream2.loading import checked_loading
-from moondream2.pictures import KnownPictures, PictureError, find_pictures, look, pixels_of, read_ahead, set_up_pillow
+from moondream2.pictures import KnownPictures, PictureError, examine, find_pictures, look, read_ahead, set_up_pillow
 from moondream2.report import facts, machine, means_of, predictions, write_report
 from moondream2.rows import lay_out, whole_rows
 from moondream2.scoring import METRICS
@@ -43,11 +44,13 @@ def load(folder):
 
 
 def ask(model, tokenizer, path, questions):
-    """Prints the answers to questions about one picture."""
+    """Prints the answers to questions about one picture, and on stderr what is to be said of it."""
     try:
-        pixels = pixels_of(look(Path(path)), model.vision_encoder.preprocess)
+        pixels, remarks = examine(look(Path(path)), model.vision_encoder.preprocess)
     except PictureError as error:
         raise InputError(f"cannot use the picture {path}: {error}") from None
+    for remark in remarks:
+        print(f"warning: {remark}: {path}", file=sys.stderr)
     for answer in model.answer_questions(model.encode_image([pixels]), [questions], tokenizer)[0]:
         print(answer)
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from moondream2.files import write_whole
 from moondream2.launch import gather
 from moondream2.modeling_moondream2 import PIXELS_VERSION
-from moondream2.pictures import BrokenPicture, PictureError, pixels_of, read_ahead
+from moondream2.pictures import BrokenPicture, PictureError, examine, pixels_of, read_ahead
 
 # Pictures that go through the encoder together: always the same ones, though some be stored already, so that a resumed
 # pass computes the same bits.
@@ -35,7 +35,8 @@ class FeatureStore:
     """Features by picture key, (729, 2048) each, memory-mapped when read; `folder` None keeps nothing.
 
     An entry carries a checksum; one that is damaged, of another shape or half-written counts as missing. Beside them
-    lies why a picture can't be decoded, where that was found. The model is on the device that it is to work on.
+    lies what decoding told, where it told something: why a picture can't be used, or what is to be said of one that is.
+    The model is on the device that it is to work on.
     """
 
     def __init__(self, folder, model):
@@ -53,6 +54,9 @@ class FeatureStore:
     def reason_path(self, key):
         """Another version of Pillow may decode what this one can't: each has its own say."""
         return self.path(key).with_suffix(f".pillow-{PIL.__version__}.txt")
+
+    def remarks_path(self, key):
+        return self.path(key).with_suffix(".remarks.txt")
 
     def __contains__(self, key):
         """Whether an entry of the right size is there; only `load` reads it."""
@@ -82,11 +86,13 @@ class FeatureStore:
         features = self.load(picture.key)
         if features is None:
             return None, self.pixels(picture)
-        return features.pin_memory() if self.is_pinned else features, None
+        return self.pinned(features), None
 
     def pixels(self, picture):
-        pixels = pixels_of(picture, self.preprocess)
-        return pixels.pin_memory() if self.is_pinned else pixels
+        return self.pinned(pixels_of(picture, self.preprocess))
+
+    def pinned(self, tensor):
+        return tensor.pin_memory() if self.is_pinned else tensor
 
     def save_all(self, features):
         """Stores the features {key: tensor} that are not stored yet."""
@@ -101,15 +107,24 @@ class FeatureStore:
             save_file({"features": features}, path, metadata={"crc32": crc32(features)})
 
     def save_reason(self, key, reason):
-        self.reason_path(key).parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(self.reason_path(key), durable=False) as path:
-            path.write_text(reason, encoding="utf-8")
+        self.save_text(self.reason_path(key), reason)
 
     def reason(self, key):
         """Why a picture can't be decoded, if that is known; else None."""
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            return self.folder and self.reason_path(key).read_text(encoding="utf-8")
-        return None
+        return self.folder and load_text(self.reason_path(key))
+
+    def save_remarks(self, key, remarks):
+        self.save_text(self.remarks_path(key), "\n".join(remarks))
+
+    def remarks(self, key):
+        """What is to be said of a picture whose features are stored: a list, mostly empty, as is its place then."""
+        text = load_text(self.remarks_path(key)) if self.folder else None
+        return text.splitlines() if text else []
+
+    def save_text(self, path, text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(path, durable=False) as beside:
+            beside.write_text(text, encoding="utf-8")
 
     def has_room(self, count, show):
         """Whether the features of `count` more pictures fit on the disk; what they take is said before."""
@@ -131,6 +146,13 @@ class FeatureStore:
             if folder != self.folder and folder.is_dir() and re.fullmatch("[0-9a-f]{16}", folder.name):
                 files = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)  # noqa: PTH118
                 yield folder, sum(os.lstat(file).st_size for file in files)
+
+
+def load_text(path):
+    """What a file holds; None where there is none that can be read."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8")
+    return None
 
 
 def crc32(tensor):
@@ -162,7 +184,7 @@ def image_embeds(reads, vision_encoder, device):
 
 @torch.no_grad()
 def encode_pictures(chunks, vision_encoder, store, together=iter, show=True):
-    """Encodes and stores pictures; returns {key: reason} of those that can't be used.
+    """Encodes and stores pictures, and what is to be said of them; returns {key: reason} of those that can't be used.
 
     Args:
         chunks: lists of Picture, each to go through the encoder at once.
@@ -172,9 +194,10 @@ def encode_pictures(chunks, vision_encoder, store, together=iter, show=True):
 
     def decode(picture):
         try:
-            return store.pixels(picture)
+            pixels, remarks = examine(picture, store.preprocess)
+            return store.pinned(pixels), remarks
         except PictureError as error:
-            return error
+            return error, []
 
     unusable = {}
     read = read_ahead(decode, chain(*chunks), ahead=2 * CHUNK)
@@ -182,13 +205,17 @@ def encode_pictures(chunks, vision_encoder, store, together=iter, show=True):
     with contextlib.closing(read) as decoded, ThreadPoolExecutor(1) as writer:
         written = writer.submit(int)
         for chunk in together(tqdm(chunks, "Encoding", unit=" batches", disable=not (show and chunks))):
-            pixels = {picture.key: next(decoded) for picture in chunk}
-            for key, error in pixels.items():
-                if isinstance(error, PictureError):
-                    unusable[key] = str(error)
-                if isinstance(error, BrokenPicture):
-                    store.save_reason(key, str(error))
-            usable = {key: each for key, each in pixels.items() if key not in unusable}
+            usable = {}
+            for picture in chunk:
+                pixels, remarks = next(decoded)
+                if remarks:  # before the features: where these are, nothing is left to be said
+                    store.save_remarks(picture.key, remarks)
+                if isinstance(pixels, BrokenPicture):
+                    store.save_reason(picture.key, str(pixels))
+                if isinstance(pixels, PictureError):
+                    unusable[picture.key] = str(pixels)
+                else:
+                    usable[picture.key] = pixels
             features = vision_encoder(list(usable.values())).cpu() if usable else []
             written.result()  # raises what went wrong in it
             written = writer.submit(store.save_all, dict(zip(usable, features, strict=True)))
@@ -197,20 +224,24 @@ def encode_pictures(chunks, vision_encoder, store, together=iter, show=True):
 
 
 def decode_pictures(pictures, store, together, show):
-    """{key: reason} of the pictures that can't be used: each is decoded, to know that it can be."""
+    """Decodes each picture, to know that it can be: {key: reason} of those that can't, {key: remarks} of others."""
 
-    def reason(picture):
+    def told(picture):
         try:
-            pixels_of(picture, store.preprocess)
+            return None, examine(picture, store.preprocess)[1]
         except PictureError as error:
-            return str(error)
+            return str(error), []
 
-    with contextlib.closing(read_ahead(reason, pictures)) as reasons:
-        found = {}
+    unusable, remarks = {}, {}
+    with contextlib.closing(read_ahead(told, pictures)) as results:
         bar = tqdm(pictures, "Decoding", unit=" pictures", leave=False, disable=not (show and pictures))
         for picture in together(bar):
-            found[picture.key] = next(reasons)
-    return {key: reason for key, reason in found.items() if reason is not None}
+            reason, said = next(results)
+            if reason is not None:
+                unusable[picture.key] = reason
+            if said:
+                remarks[picture.key] = said
+    return unusable, remarks
 
 
 def keep_features(pictures, vision_encoder, store, accelerator, together):
@@ -223,7 +254,8 @@ def keep_features(pictures, vision_encoder, store, accelerator, together):
         pictures: list of Picture, distinct by key.
         together: as of `encode_pictures`.
     Returns:
-        {key: reason} of the pictures that can't be used, the same in all processes.
+        {key: reason} of the pictures that can't be used, and {key: list of remarks} of those of which something is to
+        be said, found now or by the run that stored them; both the same in all processes.
     """
     show = accelerator.is_main_process
     for folder, size in store.others() if show else ():
@@ -246,10 +278,11 @@ def keep_features(pictures, vision_encoder, store, accelerator, together):
 
     missing = still_missing()
     i, processes = everyone
-    found = decode_pictures(missing[i::processes], store, together, show)
+    found, remarks = decode_pictures(missing[i::processes], store, together, show)
     if not missing:
         vision_encoder.to("cpu")
-    return unusable | dict(gather(list(found.items())))
+    stored = {picture.key: said for picture in pictures if (said := store.remarks(picture.key))}
+    return unusable | dict(gather(list(found.items()))), stored | dict(gather(list(remarks.items())))
 
 
 def chunks_with(missing, pictures):

@@ -44,10 +44,10 @@ def left_out(progress, failed):
             tqdm.write(f"left out {source}: {reason} ({len(progress.left_out)} so far)", sys.stderr)
 
 
-def left_out_before(lines):
-    """Prints which lines are left out since their pictures can't be decoded, where there are any."""
-    if lines:
-        print(format_left_out(lines), flush=True)
+def decoded(left_out, warnings):
+    """Prints which lines are left out since their pictures can't be decoded, and what there is to say of others."""
+    if told := format_left_out(left_out, warnings):
+        print(told, flush=True)
 
 
 def scores_of_step(step):

@@ -35,6 +35,12 @@ HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"} 
 THREADS = min(8, os.cpu_count() or 1)  # that read and decode: both leave Python to the other threads meanwhile
 LONGEST_SHOWN = 80  # characters of a picture's path, in a reason
 NOT_FOUND = "picture not found"
+LEAST_CONTRAST = 16  # of 255 levels, in any colour: 12 bits that were exported as 16 have 15
+# What is said of a picture that is used all the same. By these texts pictures are counted.
+SCALED = "pictures of more than 8 bits, scaled to 8"
+CLIPPED = "pictures with values below black, above white or NaN, clipped"
+CUT = "JPEGs without their last bytes, used all the same"
+FLAT = "pictures of almost one colour, perhaps badly exported"
 JUST_CHANGED = 2  # seconds: within them a file may change again and keep its time of change
 
 
@@ -143,7 +149,7 @@ def open_image(file):
     except UnidentifiedImageError:
         file.seek(0)
         start = file.read(12)
-        if start[4:8] == b"ftyp" and start[8:] in HEIF:
+        if start[4:8] == b"ftyp" and start[8:] in HEIF and "HEIF" not in Image.OPEN:
             raise PictureError("pip install pillow-heif, which reads HEIC", "picture needs a package") from None
         raise
     most = MAX_JPEG_PIXELS if isinstance(image, JpegImageFile) else MAX_PIXELS
@@ -276,6 +282,27 @@ def is_detailed(content):
 def pixels_of(picture, preprocess):
     """`preprocess(image)` of a picture, if its file still holds what it did; raises as `open_picture` does."""
     return open_picture(picture.path, preprocess, picture.key)[0]
+
+
+def examine(picture, preprocess):
+    """Pixels (3, height, width) in [-1, 1] as of `pixels_of`, and a list of what is to be said of the picture."""
+
+    def use(image):
+        pixels = preprocess(image)
+        contrast = (pixels.amax((1, 2)) - pixels.amin((1, 2))).max() * 127.5
+        return pixels, [*remarks_on_values(image), *([FLAT] if contrast < LEAST_CONTRAST else [])]
+
+    (pixels, remarks), is_cut = open_picture(picture.path, use, picture.key)
+    return pixels, [*remarks, *([CUT] if is_cut else [])]
+
+
+def remarks_on_values(image):
+    """What becomes of grey values of more than 8 bits, by the rule of the model's `to_8_bits`."""
+    if image.mode.startswith(("I", "F")):
+        yield SCALED
+        values = np.asarray(image)
+        if values.min() < 0 or image.mode == "F" and not (values <= 255).all():  # NaN is neither
+            yield CLIPPED
 
 
 def first_line(error):

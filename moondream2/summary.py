@@ -37,6 +37,7 @@ def summarize(train, valid) -> dict:
             *(warning for dataset in (train, valid) for warning in missing(dataset)),
             *too_small(valid),
             *(warning for file in files.values() for warning in one_sided(file)),
+            *remarked(train, valid),
         ],
     }
 
@@ -179,6 +180,17 @@ def one_sided(file):
         yield f'"{one_line(answer, 30)}" is {share:.0%} of the answers in {name}: there is little else to learn'
 
 
+def remarked(*datasets):
+    """What decoding told of pictures that are used all the same; nothing before they are decoded."""
+    said, pictures = [], set()
+    for dataset in datasets:
+        for example in dataset.examples:
+            if example.picture not in pictures:
+                said += [(example.source, remark) for remark in dataset.remarks.get(example.picture, ())]
+            pictures.add(example.picture)
+    return [f"{remark}: {counted(lines)}" for remark, lines in by_reason(said).items()]
+
+
 def count(things, one, many):
     return f"{len(things):,} {one if len(things) == 1 else many}"
 
@@ -226,14 +238,16 @@ def format_table(summary: dict) -> str:
     return rendered(table, notes([("baseline", baseline), *(("warning", each) for each in summary["warnings"])]))
 
 
-def format_left_out(left_out) -> str:
-    """What only decoding the pictures told: how many lines are left out for it; "" for none.
+def format_left_out(left_out, warnings=()) -> str:
+    """What only decoding the pictures told: how many lines are left out for it, and warnings; "" for nothing.
 
     Args:
-        left_out: their (source, reason).
+        left_out: the lines' (source, reason).
+        warnings: of `remarked`.
     """
-    found = by_reason(left_out).items()
-    return rendered(notes(("left out", f"{reason}: {counted(lines)}") for reason, lines in found)) if found else ""
+    pairs = [("left out", f"{reason}: {counted(lines)}") for reason, lines in by_reason(left_out).items()]
+    pairs += [("warning", each) for each in warnings]
+    return rendered(notes(pairs)) if pairs else ""
 
 
 def notes(pairs):

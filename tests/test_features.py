@@ -20,7 +20,7 @@ from moondream2 import features
 from moondream2.cli import InputError
 from moondream2.features import FeatureStore, image_embeds, keep_features
 from moondream2.modeling_moondream2 import PIXELS_VERSION, preprocess
-from moondream2.pictures import PictureError, look, pixels_of
+from moondream2.pictures import CLIPPED, CUT, FLAT, SCALED, PictureError, examine, look, pixels_of
 from tests.child import free_port
 from tests.conftest import ROOT, TINY, draw_picture, start_script
 
@@ -37,13 +37,19 @@ def store(tiny, tmp_path):
 
 
 @pytest.fixture
-def keep(tiny):
-    """`keep(pictures, store)` as a run of one process does it."""
+def keep_and_tell(tiny):
+    """`keep_and_tell(pictures, store)` as a run of one process does it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     return lambda pictures, store, together=iter: keep_features(
         pictures, tiny.vision_encoder, store, accelerator, together
     )
+
+
+@pytest.fixture
+def keep(keep_and_tell):
+    """`keep(pictures, store)`, which returns those that can't be used."""
+    return lambda *arguments: keep_and_tell(*arguments)[0]
 
 
 @pytest.fixture
@@ -64,11 +70,11 @@ def decoded(monkeypatch):
     """The names of the pictures that were decoded, one for each time."""
     names = []
 
-    def note(picture, preprocess):
-        names.append(picture.path.name)
-        return pixels_of(picture, preprocess)
+    def noting(decode):
+        return lambda picture, preprocess: (names.append(picture.path.name), decode(picture, preprocess))[1]
 
-    monkeypatch.setattr(features, "pixels_of", note)
+    for decode in (pixels_of, examine):
+        monkeypatch.setattr(features, decode.__name__, noting(decode))
     return names
 
 
@@ -302,6 +308,67 @@ def test_without_room_for_more_what_is_stored_is_used(tiny, pictures, store, kee
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pictures of which something is to be said
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(pictures):
+    """The pictures, four of them as broken exports and transfers leave them; and what is to be said of these by key."""
+    ramp = np.linspace(0, 1, 6000).reshape(60, 100)
+    Image.fromarray((4095 * ramp).astype("u2")).save(pictures[0].path)
+    Image.fromarray((300 * ramp).astype("f4") - 1).save(pictures[1].path, "TIFF")
+    Image.fromarray((15 * ramp).astype("u1")).save(pictures[2].path)
+    Image.fromarray((255 * ramp).astype("u1")).save(pictures[3].path, "JPEG")
+    pictures[3].path.write_bytes(pictures[3].path.read_bytes()[:-2])
+    pictures = [look(picture.path) for picture in pictures]
+    remarks = [[SCALED], [SCALED, CLIPPED], [FLAT], [CUT]]
+    return pictures, {picture.key: said for picture, said in zip(pictures[:4], remarks, strict=True)}
+
+
+def test_what_is_to_be_said_of_a_picture_is_found_once_and_known_from_then_on(tiny, odd, store, keep_and_tell, decoded):
+    pictures, remarks = odd
+    assert keep_and_tell(pictures, store) == ({}, remarks)
+    assert sorted(decoded) == sorted(picture.path.name for picture in pictures)
+    decoded.clear()
+    before = on_disk(store.folder)
+    assert len(before) == 8 + 4  # nothing beside those of which there is nothing to say
+    assert keep_and_tell(pictures, FeatureStore(store.folder.parent, tiny)) == ({}, remarks)
+    assert decoded == [] and on_disk(store.folder) == before
+
+
+@pytest.mark.parametrize("where", ["nowhere", "no room"])
+def test_without_kept_features_it_is_found_as_well(tiny, odd, keep_and_tell, decoded, full_disk, tmp_path, where):
+    pictures, remarks = odd
+    store = FeatureStore(None if where == "nowhere" else tmp_path / "features", tiny)
+    assert keep_and_tell(pictures, store) == ({}, remarks)
+    assert len(decoded) == 8 and not on_disk(tmp_path / "features")
+
+
+def test_it_is_said_of_those_stored_and_of_those_for_which_there_is_no_room(odd, store, keep_and_tell, monkeypatch):
+    pictures, remarks = odd
+    keep_and_tell(pictures[:2], store)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert keep_and_tell(pictures, store) == ({}, remarks)
+
+
+def test_it_is_stored_before_the_features(odd, store, keep_and_tell, monkeypatch):
+    """Where a killed run had these alone, no run would ever look at the picture again."""
+    pictures, remarks = odd
+    monkeypatch.setattr(store, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        keep_and_tell(pictures, store)
+    assert {picture.key: store.remarks(picture.key) for picture in pictures[:4]} == remarks
+
+
+def test_a_store_whose_remarks_are_damaged_is_used(odd, store, keep_and_tell):
+    pictures, remarks = odd
+    keep_and_tell(pictures, store)
+    store.remarks_path(pictures[0].key).write_bytes(b"\xff\xfe")
+    assert keep_and_tell(pictures, store)[1].keys() == remarks.keys() - {pictures[0].key}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -417,14 +484,14 @@ from moondream2.pictures import look
 
 torch.set_num_threads(1)
 features.CHUNK = 2
-decoded, load = [], features.pixels_of
-features.pixels_of = lambda picture, use: (decoded.append(picture.path.name), load(picture, use))[1]
+decoded, load = [], features.examine
+features.examine = lambda picture, use: (decoded.append(picture.path.name), load(picture, use))[1]
 model, accelerator = AutoModelForCausalLM.from_pretrained(sys.argv[1]), Accelerator(cpu=True)
 pictures = [look(path) for path in sorted(Path(sys.argv[2]).glob("*.png"))]
 for folder in Path(sys.argv[2]) / "features", None:
     store = features.FeatureStore(folder, model)
-    unusable = features.keep_features(pictures, model.vision_encoder, store, accelerator, lambda: None)
-    print(json.dumps([sorted(unusable), decoded]))
+    unusable, remarks = features.keep_features(pictures, model.vision_encoder, store, accelerator, iter)
+    print(json.dumps([[sorted(unusable), remarks], decoded]))
     decoded.clear()
 accelerator.end_training()
 """
@@ -432,6 +499,9 @@ accelerator.end_training()
 
 def test_two_processes_share_the_work_and_know_the_same(data, pictures):
     broken = [cut(pictures[1]).key, cut(pictures[6]).key]  # found by one each
+    for picture in (pictures[0], pictures[7]):  # and these too
+        Image.new("RGB", (20, 10), "red" if picture is pictures[0] else "blue").save(picture.path)
+    flat = {look(picture.path).key: [FLAT] for picture in (pictures[0], pictures[7])}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     processes = []
     for rank in range(2):
@@ -440,10 +510,10 @@ def test_two_processes_share_the_work_and_know_the_same(data, pictures):
         command = [sys.executable, "-c", ONE_OF_TWO, str(TINY), str(data)]
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=300)[0].splitlines() for process in processes]
-    results = [[json.loads(line) for line in lines if line.startswith("[[")] for lines in said]
+    results = [[json.loads(line) for line in lines if line.startswith("[[[")] for lines in said]
     names = sorted(f"{number}.png" for number in range(11))
     for (first, by_first), (second, by_second) in zip(*results, strict=True):  # kept, then not
-        assert first == second == sorted(broken)
+        assert first == second == [sorted(broken), flat]
         assert by_first and by_second and sorted(by_first + by_second) == names
     assert ["Encoding 11" in "".join(lines) for lines in said] == [True, False]
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
@@ -235,6 +235,18 @@ def test_pillows_settings_are_made_by_whoever_starts_a_run(monkeypatch, module, 
     with pytest.raises(InterruptedError):
         module.main()
     assert settings == [MAX_PNG_TEXT]
+
+
+def test_what_is_to_be_said_of_a_picture_that_is_asked_about_is_said_beside_the_answer(tmp_path, capsys):
+    model, tokenizer = ask.load(TINY)
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "a.png")
+    capsys.readouterr()
+    ask.ask(model, tokenizer, tmp_path / "a.png", ["Why?"])
+    said = capsys.readouterr()
+    warning = f"warning: pictures of almost one colour, perhaps badly exported: {tmp_path / 'a.png'}\n"
+    assert said.err == warning and said.out.count("\n") == 1
+    with pytest.raises(InputError, match=r"cannot use the picture .*gone.png: FileNotFoundError"):
+        ask.ask(model, tokenizer, tmp_path / "gone.png", ["Why?"])
 
 
 def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(data, tmp_path, monkeypatch):

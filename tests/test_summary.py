@@ -8,10 +8,10 @@ import pytest
 from rich.cells import cell_len
 
 from moondream2 import summary
-from moondream2.summary import format_left_out, format_table, left_out_by_reason, summarize
+from moondream2.summary import format_left_out, format_table, left_out_by_reason, remarked, summarize
 
 
-def dataset(name, lines, sizes=None, skipped=()):
+def dataset(name, lines, sizes=None, skipped=(), remarks=None):
     """A dataset of (picture, question, answer) lines; prompts have a token a word, answers one more."""
     examples = [
         SimpleNamespace(
@@ -26,7 +26,8 @@ def dataset(name, lines, sizes=None, skipped=()):
         for number, (picture, question, answer) in enumerate(lines, start=1)
     ]
     pictures = {picture: SimpleNamespace(size=(sizes or {}).get(picture, (640, 480))) for picture, *_ in lines}
-    return SimpleNamespace(path=Path(name), examples=examples, pictures=pictures, skipped=list(skipped))
+    facts = {"examples": examples, "pictures": pictures, "skipped": list(skipped), "remarks": remarks or {}}
+    return SimpleNamespace(path=Path(name), **facts)
 
 
 def plenty(letter, lines=40):
@@ -158,6 +159,20 @@ def test_warning_of_one_answer_for_all(times, expected):
     found = warnings(valid=lines)
     assert len(found) == expected
     assert all(text == '"Yes." is 92% of the answers in valid.jsonl: there is little else to learn' for text in found)
+
+
+def test_what_decoding_told_is_counted_by_pictures_and_named_by_the_first_line_of_each():
+    remarks = {"t1": ["scaled", "of one colour"], "t3": ["scaled"], "t9": ["scaled"], "v0": ["scaled"], "x": ["gone"]}
+    train, valid = (dataset(f"{name}.jsonl", plenty(name[0]), remarks=remarks) for name in ("train", "valid"))
+    told = ["scaled: 4 (train.jsonl:3, train.jsonl:7, train.jsonl:19, …)", "of one colour: 1 (train.jsonl:3)"]
+    assert summarize(train, valid)["warnings"] == remarked(train, valid) == told
+    assert format_left_out([("valid.jsonl:4", "picture broken: a.png")], told).splitlines() == [
+        "left out:  picture broken: 1 (valid.jsonl:4)",
+        f"warning:   {told[0]}",
+        f"warning:   {told[1]}",
+    ]
+    leaked = dataset("valid.jsonl", [("t1", "Q", "A"), *plenty("v")], remarks=remarks)
+    assert remarked(train, leaked) == told  # a picture in both files is one
 
 
 def test_lines_left_out_are_counted_by_reason_and_the_first_are_named():

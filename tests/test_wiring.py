@@ -7,13 +7,15 @@ import random
 import signal
 from itertools import chain, repeat
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
-from moondream2 import ask, launch
+from moondream2 import ask, features, launch
 from moondream2.cli import InputError
 from moondream2.pictures import pixels_of
 from moondream2.scoring import is_correct
@@ -202,6 +204,31 @@ def test_a_broken_picture_is_told_before_training_and_in_card_and_page(flags, ru
     card, page = ((flags["output_dir"] / name).read_text() for name in ("README.md", "report.html"))
     assert f"picture broken, as the files were read: 1 ({flags['train_file']}:1)" in card and "18 examples" in card
     assert f"{flags['train_file']}:1" in page
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_what_decoding_told_of_used_pictures_is_said_before_training_and_on_the_page(
+    flags, run_main, monkeypatch, capsys, is_kept
+):
+    """By a second run, which decodes none of those that are kept, as by the first."""
+    folder, grey = flags["train_file"].parent, np.linspace(0, 4095, 6000, dtype="u2").reshape(60, 100)
+    for number in (0, 8):  # of train.jsonl:1 and valid.jsonl:1
+        Image.fromarray(grey + number).save(folder / f"{number}.png")
+    Image.new("RGB", (20, 10), "red").save(folder / "1.png")
+    told = [
+        f"pictures of more than 8 bits, scaled to 8: 2 ({flags['train_file']}:1, {flags['valid_file']}:1)",
+        f"pictures of almost one colour, perhaps badly exported: 1 ({flags['train_file']}:2)",
+    ]
+    if not is_kept:
+        flags["features_dir"] = "none"
+    for _ in range(2):
+        run_main(**flags, overwrite="true", valid_answers=0)
+        out, page = capsys.readouterr().out, (flags["output_dir"] / "report.html").read_text()
+        before = " ".join(out.partition("Before training")[0].split())
+        for each in told:
+            assert f"warning: {each}" in before and each in page
+        if is_kept:
+            monkeypatch.setattr(features, "examine", lambda *_: pytest.fail("a picture is decoded"))
 
 
 def test_after_steps_that_are_not_finite_the_advice_works(flags, run_main, monkeypatch):
