@@ -354,7 +354,7 @@ def finish(constants, progress, checkpoints, output, model, tokenizer, train, va
     with output.new_model() as folder:
         save(model, tokenizer, checkpoints.best_weights(), model_card(constants, progress, train, valid), folder)
     checkpoints.discard()
-    print(f"Saved to {output.path}, with report.html to look at. To ask it:\n\n{how_to_ask(output.path, valid[0])}")
+    print(f"Saved to {output.path}, with report.html to look at. To ask it:\n\n{how_to_ask(output.path, valid)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,13 +6,15 @@ from moondream2.report import decimals, percent
 from moondream2.summary import counted, left_out_by_reason, printable
 
 
-def how_to_ask(folder, example) -> str:
-    """Three lines of Python that load the saved model and ask it an example's question."""
+def how_to_ask(folder, dataset) -> str:
+    """Three lines of Python that load the saved model and ask it a dataset's first question."""
+    example = dataset.examples[0]
+    picture = str(dataset.pictures[example.picture].path)
     return (
         "from PIL import Image; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model, tokenizer = (kind.from_pretrained({str(folder)!r}, trust_remote_code=True)"
         " for kind in (AutoModelForCausalLM, AutoTokenizer))\n"
-        f"print(model.answer_question(model.encode_image(Image.open({str(example.image_path)!r})),"
+        f"print(model.answer_question(model.encode_image(Image.open({picture!r})),"
         f" {example.question!r}, tokenizer))"
     )
 
@@ -22,7 +24,7 @@ def model_card(constants, progress, train, valid) -> str:
     base = constants.model_id + ("" if Path(constants.model_id).is_dir() else f" at revision {constants.revision}")
     files = ((constants.train_file, train), (constants.valid_file, valid))
     parts = {
-        "Ask it": f"```python\n{how_to_ask(constants.output_dir, valid.examples[0])}\n```",
+        "Ask it": f"```python\n{how_to_ask(constants.output_dir, valid)}\n```",
         "Data": "\n".join(
             f"- {name}: {len(dataset.examples)} examples on {len(dataset.pictures)} pictures" for name, dataset in files
         ),
