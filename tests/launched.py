@@ -158,7 +158,7 @@ def impatient():
 
 def reading_for_long():
     """What is waited for longer than for a dead process: first in the main process, then in each."""
-    processes.TIMEOUT = timedelta(seconds=10)
+    processes.TIMEOUT = timedelta(seconds=6)
 
     def read(seconds):
         time.sleep(seconds)
@@ -166,8 +166,8 @@ def reading_for_long():
 
     accelerator = processes.start()
     with processes.one_speaks(accelerator):
-        note(*processes.from_main(accelerator, read, 14))
-        processes.with_heartbeat(accelerator, accelerator.process_index == 1, read, 14)
+        note(*processes.from_main(accelerator, read, 8))
+        processes.with_heartbeat(accelerator, accelerator.process_index == 1, read, 8)
         note(processes.any_true(accelerator, False, accelerator.process_index == 1))
 
 

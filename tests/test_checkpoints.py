@@ -29,8 +29,6 @@ from moondream2.output_dir import OutputDir
 from tests.child import Child
 from tests.conftest import TINY
 
-KILLS = int(os.environ.get("KILLS", 20))
-
 
 @pytest.fixture
 def flags(data):
@@ -115,20 +113,21 @@ def test_json_has_no_number_that_json_lacks():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_killed_anywhere_it_goes_on_to_the_same_bits(flags, tmp_path):
+@pytest.mark.parametrize("most", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_anywhere_it_goes_on_to_the_same_bits(flags, tmp_path, most):
     """kill -9 at seeded random moments, in training, validation, checkpoints and the final save."""
     assert Child({**flags, "output_dir": tmp_path / "first", "epochs": 1}, tmp_path / "first.txt").wait() == 0
     started = time.monotonic()
     assert Child({**flags, "output_dir": tmp_path / "whole"}, tmp_path / "whole.txt").wait() == 0
     seconds = time.monotonic() - started
-    draw, kills, runs = random.Random(KILLS), 0, 0
-    while kills < KILLS:
+    draw, kills, runs = random.Random(most), 0, 0
+    while kills < most:
         folder, runs = tmp_path / f"killed{runs}", runs + 1
         while not (folder / "config.json").exists() or list(folder.glob("checkpoints/epoch-*")):
             child = Child({**flags, "output_dir": folder}, tmp_path / "out.txt")
-            if kills < KILLS:
+            if kills < most:
                 child.process.join(draw.uniform(0.2, 1.0) * seconds)
-            if child.process.exitcode is None and kills < KILLS:
+            if child.process.exitcode is None and kills < most:
                 child.kill()
                 kills += 1
             else:

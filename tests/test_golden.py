@@ -75,7 +75,8 @@ def test_pixels(size, golden):
     torch.testing.assert_close(pixels, golden[f"vision.{size[0]}x{size[1]}.pixels"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("size", PICTURES, ids=str)
+# What is quick stands for the rest: the batch below has a picture with tiles, and one without.
+@pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.slow) for size in PICTURES], ids=str)
 def test_image_embeddings(size, golden, vision_encoder):
     with torch.no_grad():
         embeds = vision_encoder(picture(*size))

@@ -160,6 +160,7 @@ def test_one_process_speaks_and_all_finish(flags, tmp_path):
     assert other == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(subprocess.run(["unshare", "--net", "true"]).returncode != 0, reason="no right to a namespace")
 def test_gradients_are_sent_once_a_step():
     """Bytes on the wire: what a ring sends of the gradients, and 2% for everything else, accumulating or not."""
@@ -414,6 +415,7 @@ def launched(hosts, folders, flags):
     return texts
 
 
+@pytest.mark.slow
 def test_two_machines_that_share_no_folder(flags, data, hosts, tmp_path):
     """Each keeps its own features; the first has the model, the log and the report, the second nothing of them."""
     folders = [tmp_path / "first", tmp_path / "second"]

@@ -208,7 +208,9 @@ print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiles for this machine's CPU, which takes g++")
-@pytest.mark.parametrize(("compiler", "graphs", "lines"), [("g++", 2, 0), ("/nonexistent", 0, 1)])
+@pytest.mark.parametrize(
+    ("compiler", "graphs", "lines"), [pytest.param("g++", 2, 0, marks=pytest.mark.slow), ("/nonexistent", 0, 1)]
+)
 def test_compiled_it_does_the_same_and_without_a_compiler_too(compiler, graphs, lines, tmp_path):
     """One graph for each kind of parameter, whatever their sizes, parts and rates; without a compiler one line."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
