@@ -526,6 +526,23 @@ def test_a_finished_model_is_not_overwritten_silently(flags, run_main):
     assert (flags["output_dir"] / "model.safetensors").read_bytes() != before
 
 
+def test_a_run_that_was_to_replace_a_model_goes_on_where_it_was_stopped(flags, run_main, monkeypatch, capsys):
+    """Typed again with or without OVERWRITE, though the model before it is still there."""
+    run_main(**{**flags, "epochs": 1})
+    before = (flags["output_dir"] / "model.safetensors").read_bytes()
+    for number, overwrite in ((3, "true"), (7, "false")):
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "Stop", StopAt)
+            StopAt.n = number
+            with pytest.raises(SystemExit):
+                run_main(**{**flags, "seed": 1, "overwrite": overwrite})
+    assert (flags["output_dir"] / "model.safetensors").read_bytes() == before
+    assert "Going on in epoch 1 after step" in capsys.readouterr().out
+    run_main(**{**flags, "seed": 1})
+    assert "Going on in epoch" in capsys.readouterr().out
+    assert (flags["output_dir"] / "model.safetensors").read_bytes() != before
+
+
 def test_two_may_write_a_file_at_once(tmp_path):
     path = tmp_path / "file"
     with write_whole(path) as first:
