@@ -126,14 +126,13 @@ def test_the_disks_room_is_compared(flags, run_check, monkeypatch):
     ("change", "said"),
     [
         ({"train_file": "gone.jsonl"}, "cannot read gone.jsonl"),
-        ({"model_id": "gone/model"}, "cannot load gone/model"),
+        ({"model_id": "./gone"}, "cannot load ./gone"),
         ({"output_dir": TINY}, "lies in OUTPUT_DIR"),
         ({"batch_size": 0}, "BATCH_SIZE must be greater than 0, not 0"),
         ({"tracker": "trackio"}, "TRACKER 'trackio' needs its package: pip install trackio"),
     ],
 )
-def test_it_ends_with_the_line_that_the_run_would_end_with(flags, run_check, run_main, monkeypatch, change, said):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_it_ends_with_the_line_that_the_run_would_end_with(flags, run_check, run_main, change, said):
     messages = []
     for run in (run_check, run_main):
         with pytest.raises(InputError, match=said) as error:
