@@ -84,7 +84,13 @@ class StepSampler:
             for start in range(0, len(group), self.step_size)
         ]
         draw.shuffle(groups)
-        return [i for group in groups for i in group]
+        steps = [group for group in groups if len(group) == self.step_size]
+        others = put_together([group for group in groups if len(group) < self.step_size], self.step_size)
+        last = others.pop() if others and len(others[-1]) < self.step_size else []
+        if others:
+            steps += others
+            draw.shuffle(steps)
+        return [i for step in [*steps, last] for i in step]
 
     def cut(self, examples):
         """A step's rows, as micro-batches for all processes, from the least work to the most.
@@ -114,6 +120,30 @@ class StepSampler:
     def work(self, batch):
         """The positions of a micro-batch, padding included."""
         return len(batch) * max(map(self.length, batch), default=0)
+
+
+def put_together(groups, size):
+    """Steps of `size` numbers each, but for the last, made of smaller groups, of which few are torn.
+
+    Were they taken as they come, a picture with an odd number of questions would shift all that follow it, so that each
+    of their steps had rows of two pictures.
+    """
+    left, steps = defaultdict(list), []
+    for group in groups:
+        left[len(group)].append(group)
+    while left:
+        step = []
+        while left and len(step) < size:
+            room = size - len(step)
+            length = max((length for length in left if length <= room), default=min(left))
+            group = left[length].pop()
+            if not left[length]:
+                del left[length]
+            step += group[:room]
+            if length > room:
+                left[length - room].append(group[room:])
+        steps.append(step)
+    return steps
 
 
 def whole_rows(examples, prefix, pictures, max_text_tokens):

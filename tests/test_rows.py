@@ -90,6 +90,23 @@ def test_grouping_keeps_a_pictures_questions_together():
     assert order != sorted(order)
 
 
+@pytest.mark.parametrize(("size", "torn"), [(2, 0), (3, 0.4), (4, 0.1), (8, 0.1), (16, 0.05)])
+def test_grouped_examples_share_a_row_wherever_a_step_has_room_for_them(size, torn):
+    """One picture with a single question among many with even numbers shifts none of them."""
+    draw = random.Random(size)
+    counts = [draw.choice([2, 4, 6, 8]) for _ in range(300)] + [1]
+    data = [Example(0, f"p{p}", [0] * 5, [0] * 2) for p, count in enumerate(counts) for _ in range(count)]
+    groups = sum(-(-count // size) for count in counts)
+    steps = [
+        {example.picture for batch in step for row in batch for example in row}
+        for step in sampler_of(data, size, size, True, 0).epoch(1)
+    ]
+    assert groups <= sum(map(len, steps)) <= (1 + torn) * groups + 1
+    assert len(steps) == -(-len(data) // size)
+    pictures = [min(step) for step in steps]
+    assert pictures != sorted(pictures) and len(set(pictures[:20])) > 10
+
+
 def test_rows_are_cut_so_that_the_most_work_is_as_little_as_can_be():
     """Against all ways to cut the rows, by length, into so many batches."""
     for seed in range(20):
