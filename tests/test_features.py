@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,14 +16,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
 from moondream2 import features
 from moondream2.cli import InputError
 from moondream2.features import FeatureStore, image_embeds, keep_features
 from moondream2.modeling_moondream2 import PIXELS_VERSION, preprocess
 from moondream2.pictures import CLIPPED, CUT, FLAT, SCALED, PictureError, examine, look, pixels_of
-from tests.child import free_port
-from tests.conftest import ROOT, TINY, draw_picture, start_script
+from tests.child import Child, Children
+from tests.conftest import ROOT, TINY, draw_picture
 
 
 @pytest.fixture
@@ -472,44 +474,29 @@ def test_little_shared_memory_is_enough(data):
     assert run.stdout.split() == ["11", "11"]
 
 
-ONE_OF_TWO = """
-import json, sys
-from pathlib import Path
-import torch
-from accelerate import Accelerator
-from transformers import AutoModelForCausalLM
-from moondream2 import features
-from moondream2.modeling_moondream2 import Moondream
-from moondream2.pictures import look
-
-torch.set_num_threads(1)
-features.CHUNK = 2
-decoded, load = [], features.examine
-features.examine = lambda picture, use: (decoded.append(picture.path.name), load(picture, use))[1]
-model, accelerator = AutoModelForCausalLM.from_pretrained(sys.argv[1]), Accelerator(cpu=True)
-pictures = [look(path) for path in sorted(Path(sys.argv[2]).glob("*.png"))]
-for folder in Path(sys.argv[2]) / "features", None:
-    store = features.FeatureStore(folder, model)
-    unusable, remarks = features.keep_features(pictures, model.vision_encoder, store, accelerator, iter)
-    print(json.dumps([[sorted(unusable), remarks], decoded]))
-    decoded.clear()
-accelerator.end_training()
-"""
+def keep_twice(folder):
+    """What one of two processes finds in a folder's pictures, and decodes: first with features kept, then without."""
+    features.CHUNK = 2
+    decoded, load = [], features.examine
+    features.examine = lambda picture, use: (decoded.append(picture.path.name), load(picture, use))[1]
+    model, accelerator = AutoModelForCausalLM.from_pretrained(TINY), Accelerator(cpu=True)
+    pictures = [look(path) for path in sorted(folder.glob("*.png"))]
+    for kept in folder / "features", None:
+        store = FeatureStore(kept, model)
+        unusable, remarks = features.keep_features(pictures, model.vision_encoder, store, accelerator, iter)
+        print(json.dumps([[sorted(unusable), remarks], decoded]), flush=True)
+        decoded.clear()
+    accelerator.end_training()
 
 
-def test_two_processes_share_the_work_and_know_the_same(data, pictures):
+def test_two_processes_share_the_work_and_know_the_same(data, pictures, tmp_path):
     broken = [cut(pictures[1]).key, cut(pictures[6]).key]  # found by one each
     for picture in (pictures[0], pictures[7]):  # and these too
         Image.new("RGB", (20, 10), "red" if picture is pictures[0] else "blue").save(picture.path)
     flat = {look(picture.path).key: [FLAT] for picture in (pictures[0], pictures[7])}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    processes = []
-    for rank in range(2):
-        environment = {**address, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
-        environment = os.environ | {name: str(value) for name, value in environment.items()}
-        command = [sys.executable, "-c", ONE_OF_TWO, str(TINY), str(data)]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=300)[0].splitlines() for process in processes]
+    children = Children(2, partial(keep_twice, data), tmp_path)
+    assert children.wait() == [0, 0], children[0].text()
+    said = [child.text().splitlines() for child in children]
     results = [[json.loads(line) for line in lines if line.startswith("[[[")] for lines in said]
     names = sorted(f"{number}.png" for number in range(11))
     for (first, by_first), (second, by_second) in zip(*results, strict=True):  # kept, then not
@@ -525,17 +512,18 @@ def flags_of(data, tmp_path, **flags):
 
 def test_a_folder_for_features_that_cannot_be_made_is_named(data, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    run = start_script(flags_of(data, tmp_path, features_dir=tmp_path / "file", output_dir=tmp_path / "out"))
-    error = run.communicate()[1].strip().splitlines()[-1]
-    assert run.returncode == 1
+    flags = flags_of(data, tmp_path, features_dir=tmp_path / "file", output_dir=tmp_path / "out")
+    child = Child(flags, tmp_path / "printed")
+    assert child.wait() == 1
+    error = child.text().strip().splitlines()[-1]
     assert error.startswith(f"error: {tmp_path / 'file'}/") and error.endswith(": Not a directory")
 
 
 def test_two_runs_at_once_may_share_the_folder(data, tmp_path):
-    runs = [start_script(flags_of(data, tmp_path, output_dir=tmp_path / name)) for name in ("one", "two")]
-    errors = [run.communicate()[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], errors
-    logs = [(tmp_path / name / "training_log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    names = "one", "two"
+    runs = [Child(flags_of(data, tmp_path, output_dir=tmp_path / name), tmp_path / f"{name}.txt") for name in names]
+    assert [run.wait() for run in runs] == [0, 0], [run.text() for run in runs]
+    logs = [(tmp_path / name / "training_log.jsonl").read_text().splitlines() for name in names]
     first, second = (json.loads(log[-1]) for log in logs)
     assert first["train_loss"] == second["train_loss"] and first["valid_loss"] == second["valid_loss"]
     files = [path.name for path in on_disk(tmp_path / "features") if path.suffix == ".safetensors"]

@@ -39,6 +39,8 @@ from tests.launched import (
     variables_of,
 )
 
+slow = pytest.mark.slow
+
 
 @pytest.fixture
 def flags(data, tmp_path):
@@ -137,8 +139,8 @@ def reference(tmp_path_factory):
     ("processes", "batch_size", "accum", "changes"),
     [
         (2, 2, 1, {}),  # 19 questions: 4 steps of 4, then 3 for two processes
-        (3, 2, 1, {}),  # 3 steps of 6, then 1 for three processes
-        (2, 1, 2, {}),
+        pytest.param(3, 2, 1, {}, marks=slow),  # 3 steps of 6, then 1 for three processes
+        pytest.param(2, 1, 2, {}, marks=slow),
         (2, 2, 1, {"group_by_picture": "true", "gradient_checkpointing": "true"}),
     ],
     ids=["two", "three", "two that accumulate", "two, grouped and checkpointed"],
@@ -160,7 +162,7 @@ def test_one_process_speaks_and_all_finish(flags, tmp_path):
     assert other == ""
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.skipif(subprocess.run(["unshare", "--net", "true"]).returncode != 0, reason="no right to a namespace")
 def test_gradients_are_sent_once_a_step():
     """Bytes on the wire: what a ring sends of the gradients, and 2% for everything else, accumulating or not."""
@@ -248,15 +250,23 @@ def wait_for(what, children):
         time.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
 @pytest.fixture
-def whole(flags, tmp_path):
+def whole(flags, uninterrupted):
     """A run of two processes that nothing interrupts, with a checkpoint each step as the others have."""
-    flags |= {"checkpoint_minutes": 1e-6, "features_dir": tmp_path / "features"}
-    trained(2, flags, tmp_path / "whole", features_dir=tmp_path / "features")
-    return tmp_path / "whole"
+    flags |= {"checkpoint_minutes": 1e-6}
+    if not (uninterrupted / "out").exists():
+        trained(2, flags, uninterrupted)
+    return uninterrupted
 
 
-@pytest.mark.parametrize("killed", [[0], [1], [0, 1]], ids=["main", "other", "both"])
+@pytest.mark.parametrize(
+    "killed", [[0], pytest.param([1], marks=slow), pytest.param([0, 1], marks=slow)], ids=["main", "other", "both"]
+)
 def test_killed_it_goes_on_in_as_many_processes_to_the_same_bits(flags, whole, tmp_path, killed):
     children = Children(2, {**flags, "output_dir": tmp_path / "cut" / "out"}, tmp_path / "cut", in_float32)
     wait_for(lambda: list((tmp_path / "cut" / "out" / "checkpoints").glob("epoch-000001-step-00000002")), children)
@@ -271,7 +281,7 @@ def test_killed_it_goes_on_in_as_many_processes_to_the_same_bits(flags, whole, t
     assert weights.read_bytes() == expected.read_bytes()
 
 
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("processes", [1, pytest.param(3, marks=slow)])
 def test_stopped_it_goes_on_in_another_number_of_processes(flags, whole, tmp_path, processes):
     """SIGTERM to one of two ends both, at a step; the questions of a step stay what they were."""
     children = Children(2, {**flags, "output_dir": tmp_path / "cut" / "out"}, tmp_path / "cut", in_float32)
@@ -309,7 +319,9 @@ def checkpoint_of(folder):
     return {file.name for file in path.iterdir()}, load_file(path / "model.safetensors"), state
 
 
-@pytest.mark.parametrize(("setup", "then"), [(sharded, in_float32), (in_float32, sharded)], ids=["from", "to"])
+@pytest.mark.parametrize(
+    ("setup", "then"), [(sharded, in_float32), pytest.param(in_float32, sharded, marks=slow)], ids=["from", "to"]
+)
 def test_sharded_checkpoints_are_those_of_one_process(flags, whole, tmp_path, setup, then):
     """What two sharded processes wrote, one plain process goes on from, and the other way round."""
     processes, others = (2, 1) if setup is sharded else (1, 2)
@@ -350,7 +362,10 @@ def test_the_bits_behind_bfloat16_weights_go_through_a_checkpoint(flags, tmp_pat
 
 @pytest.mark.parametrize(
     ("stopped", "then"),
-    [(stopped_before_it_is_applied, in_float32), (sharded_and_stopped_before_it_is_applied, sharded)],
+    [
+        (stopped_before_it_is_applied, in_float32),
+        pytest.param(sharded_and_stopped_before_it_is_applied, sharded, marks=slow),
+    ],
     ids=["whole", "sharded"],
 )
 def test_stopped_before_the_first_applied_step_they_go_on_as_if_they_were_not(flags, tmp_path, stopped, then):
@@ -415,7 +430,7 @@ def launched(hosts, folders, flags):
     return texts
 
 
-@pytest.mark.slow
+@slow
 def test_two_machines_that_share_no_folder(flags, data, hosts, tmp_path):
     """Each keeps its own features; the first has the model, the log and the report, the second nothing of them."""
     folders = [tmp_path / "first", tmp_path / "second"]
