@@ -349,8 +349,8 @@ def finish(constants, progress, checkpoints, output, model, tokenizer, train, va
     output.write_lines("training_log.jsonl", progress.history)  # a run may have been killed before it wrote the last
     answers = predictions(valid, progress.answers_before, progress.answers_best)
     output.write_lines("predictions.jsonl", answers)
-    device = model.get_input_embeddings().weight.device
-    write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, answers, device))
+    sets, device = [{"name": "validation", "predictions": answers}], model.get_input_embeddings().weight.device
+    write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, sets, device))
     with output.new_model() as folder:
         save(model, tokenizer, checkpoints.best_weights(), model_card(constants, progress, train, valid), folder)
     checkpoints.discard()
