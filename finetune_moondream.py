@@ -27,7 +27,7 @@ from moondream2 import cli, log
 from moondream2.card import how_to_ask, model_card
 from moondream2.checkpoints import Checkpoints, Interrupted, Stop, resume_or_start, settings_of
 from moondream2.cli import InputError, MayChange, Share
-from moondream2.data import Example, read_lines, tokenize
+from moondream2.data import Example, hold_out, read_lines, tokenize
 from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_new_tokens
 from moondream2.features import FeatureStore, image_embeds, keep_features
 from moondream2.launch import (
@@ -56,7 +56,7 @@ from moondream2.summary import format_table, remarked, summarize
 MODEL_ID: str = "vikhyatk/moondream2"  # a hub repository or a local folder
 REVISION: str = "92d3d73b6fd61ab84d9fe093a9c7fd8c04bf2c0d"  # of the hub: the commit of 2024-08-26; tags can move
 TRAIN_FILE: str = "train.jsonl"  # one {"image_path", "question", "answer"} a line
-VALID_FILE: str = "valid.jsonl"  # other pictures than those in TRAIN_FILE: they judge each epoch
+VALID_FILE: str | None = "valid.jsonl"  # other pictures, which judge each epoch; None: a tenth of TRAIN_FILE's
 OUTPUT_DIR: MayChange[str] = "./moondream_crosswalks_finetuned"  # the saved model, the log and the report
 
 # How: most people edit no further than this --------------------------------------------------------------------------
@@ -147,13 +147,16 @@ class VQADataset(Dataset):
 
 def read_data(constants, tokenizer, max_text_tokens, stop):
     """Both datasets, and a table of what is in them. What is malformed in either is said before a picture is read."""
-    paths = Path(constants.train_file), Path(constants.valid_file)
+    paths = [Path(name) for name in (constants.train_file, constants.valid_file) if name is not None]
     files = [(path, read_lines(path, tokenizer.eos_token)) for path in paths]
     known, datasets = KnownPictures(constants.features_dir), []
     for path, lines in files:
         found = find_pictures(path, lines, known, stop.check_alone)
         datasets.append(VQADataset(path, lines, found, tokenizer, max_text_tokens))
         log.skipped(datasets[-1])
+    if constants.valid_file is None:
+        datasets.append(hold_out(datasets[0]))
+        log.held_out(*datasets)
     print(format_table(summarize(*datasets)))
     return datasets
 
