@@ -95,6 +95,19 @@ def epoch(record, first, baseline, epochs):
     print(f"{name}: {', '.join(parts)}, {record['seconds']:.0f} s", flush=True)
 
 
+def test(record, first, baseline):
+    """Prints what came of the test file, as `epoch` does of the validation; by itself, for it has no say."""
+    name = f"with epoch {record['epoch']}'s weights" if record["epoch"] else "before training"
+    start = f"before training {first['test_accuracy']:.1%}, " if record["epoch"] else ""
+    scores = f"Test Avg Loss: {decimals(record['test_loss'])}, Test accuracy: {record['test_accuracy']:.1%}"
+    print(f"Test file {name}: {scores} ({start}baseline {baseline:.1%})", flush=True)
+
+
+def scores_of_test(record):
+    """What a tracker is told of the test file."""
+    return {name: record[name] for name in ("test_loss", "test_accuracy") if record[name] is not None}
+
+
 def decimals(number):
     return "not finite" if number is None else f"{number:.4f}"
 

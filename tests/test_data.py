@@ -223,12 +223,21 @@ def test_bytes_that_are_not_utf8_are_named(folder):
         read(folder, b'{"image_path": "\xff\xfe"}')
 
 
+def files(train, valid, test=None):
+    """The constants that `read_data` takes."""
+    return SimpleNamespace(train_file=train, valid_file=valid, test_file=test, features_dir=None)
+
+
 def test_malformed_lines_are_named_before_any_picture_is_looked_at(folder, tokenizer, monkeypatch):
     monkeypatch.setattr(KnownPictures, "look_at", lambda *args: pytest.fail("pictures are looked at"))
     train, valid = write_lines(folder / "train.jsonl", [LINE]), folder / "valid.jsonl"
     valid.write_text("{")
     with pytest.raises(InputError, match="1 malformed lines in .*valid.jsonl"):
-        script.read_data(SimpleNamespace(train_file=train, valid_file=valid, features_dir=None), tokenizer, 1000, None)
+        script.read_data(files(train, valid), tokenizer, 1000, None)
+    valid.write_text(train.read_text())
+    (folder / "test.jsonl").write_text("{")
+    with pytest.raises(InputError, match="1 malformed lines in .*test.jsonl"):
+        script.read_data(files(train, valid, folder / "test.jsonl"), tokenizer, 1000, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,8 +310,7 @@ def test_one_picture_can_not_be_divided(folder):
 
 def test_without_a_valid_file_a_run_says_which_pictures_judge_it(folder, tokenizer, capsys):
     path = write_lines(folder / "train.jsonl", lines_on(folder, 40))
-    c = SimpleNamespace(train_file=path, valid_file=None, features_dir=None)
-    train, valid = script.read_data(c, tokenizer, 1000, SimpleNamespace(check_alone=lambda: None))
+    train, valid = script.read_data(files(path, None), tokenizer, 1000, SimpleNamespace(check_alone=lambda: None))
     out = capsys.readouterr().out
     first = list(dict.fromkeys(example.picture for example in valid))[:3]
     sources = [next(example.source for example in valid if example.picture == key) for key in first]
@@ -349,12 +357,13 @@ def test_an_example_too_long_is_skipped(folder, tokenizer):
 
 def test_the_sample_data_is_whole():
     root = Path(__file__).parent.parent
-    train, valid = dataset(root / "train.jsonl"), dataset(root / "valid.jsonl")
+    train, valid, test = (dataset(root / name) for name in ("train.jsonl", "valid.jsonl", "tests/test.jsonl"))
     assert len(train) >= 240 and len(train.pictures) >= 60
     assert len(valid) >= 80 and len(valid.pictures) >= 20
-    assert not train.skipped and not valid.skipped
-    assert not train.pictures.keys() & valid.pictures.keys()
-    sizes = [max(p.size) for p in (*train.pictures.values(), *valid.pictures.values())]
+    assert len(test) == 48 and len(test.pictures) == 12
+    assert not train.skipped and not valid.skipped and not test.skipped
+    pictures = [*train.pictures.values(), *valid.pictures.values(), *test.pictures.values()]
+    assert len({p.key for p in pictures}) == len(pictures)
+    sizes = [max(p.size) for p in pictures]
     assert min(sizes) < 512 <= max(sizes)
-    files = {p.path for p in (*train.pictures.values(), *valid.pictures.values())}
-    assert sum(file.stat().st_size for file in files) < 4 * 2**20
+    assert sum(path.stat().st_size for path in {p.path for p in pictures}) < 4 * 2**20

@@ -239,6 +239,7 @@ def test_a_file_is_the_runs_from_before_it_is_written(folder, monkeypatch):
 
 def test_the_script_writes_these_names_and_leaves_the_users(data, run_main, tmp_path):
     flags = {"model_id": TINY, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl", "epochs": 1}
+    flags["test_file"] = data / "valid.jsonl"
     flags |= {"features_dir": data / "features", "output_dir": data / "out", "batch_size": 4}
     run_main(**flags)
     written = {path.name for path in (data / "out").iterdir()}
