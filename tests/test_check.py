@@ -65,13 +65,15 @@ def test_it_prints_what_the_run_prints_before_it_trains(flags, run_check, run_ma
 
 
 def test_it_looks_at_a_test_file_and_says_what_judges_without_a_valid_file(
-    flags, run_check, test_file, run_main, capsys
+    flags, run_check, test_file, run_main, monkeypatch, capsys
 ):
     flags |= {"test_file": test_file, "valid_file": "none", "epochs": 1}
+    monkeypatch.setattr(check, "GB", 1)
     told = run_check(**flags)
+    (features,) = [line for line in told if line.startswith(f"On the disk: up to {10 * 81 * 64 * 2:,}.0 GB in ")]
+    assert str(flags["features_dir"]) in features
     assert any(line.startswith("No VALID_FILE: 1 of 8 pictures") for line in told)
     assert "a tenth of train.jsonl" in "\n".join(told) and "test.jsonl" in "\n".join(told)
-    (features,) = [line for line in told if line.startswith("On the disk") and str(flags["features_dir"]) in line]
     run_main(**flags)
     ran = capsys.readouterr().out.splitlines()
     until = told.index(next(line for line in told if line.startswith("Trainable parameters")))

@@ -232,6 +232,15 @@ def test_a_file_is_the_runs_from_before_it_is_written(folder, monkeypatch):
         pass
 
 
+def test_a_run_removes_its_own_file_and_no_users(folder):
+    with folder.held("hub/model"):
+        (folder.path / "mine.jsonl").write_text("mine")
+        folder.write_lines("test_predictions.jsonl", [])
+        for name in ("mine.jsonl", "test_predictions.jsonl", "test_predictions.jsonl"):
+            folder.remove(name)
+    assert {path.name for path in folder.path.iterdir()} == {"mine.jsonl", LOCK, MARKER}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # By the script
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,15 +3,18 @@
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
-from moondream2 import launch
+from moondream2 import launch, log
+from moondream2.card import tested
 from moondream2.checkpoints import Interrupted, Progress
 from moondream2.cli import InputError
 from moondream2.modeling_moondream2 import Answer
@@ -105,6 +108,29 @@ def test_card_and_page_tell_of_it_apart(flags, run_main):
         assert f"| {when} | {record['test_loss']:.4f} | {record['test_accuracy']:.1%} |" in card
     assert f'Test <span class="mono muted">{flags["test_file"]}</span>' in page
     assert all(each["source"] in page for each in lines_of(folder / "test_predictions.jsonl"))
+
+
+RECORDS = [
+    {"epoch": 0, "test_loss": 3.0, "test_accuracy": 0.125},
+    {"epoch": 1, "test_loss": None, "test_accuracy": 0.75},
+    {"epoch": 2},
+]
+
+
+def test_the_card_has_the_kept_epochs_figures():
+    text = tested(SimpleNamespace(path="t.jsonl"), SimpleNamespace(history=RECORDS, best_epoch=1))
+    assert text.splitlines()[-2:] == ["| before | 3.0000 | 12.5% |", "| after | – | 75.0% |"]
+
+
+def test_the_line_of_it(capsys):
+    for record in RECORDS[:2]:
+        log.test(record, RECORDS[0], 0.25)
+    assert capsys.readouterr().out.splitlines() == [
+        "Test file before training: Test Avg Loss: 3.0000, Test accuracy: 12.5% (baseline 25.0%)",
+        "Test file with epoch 1's weights: Test Avg Loss: not finite, Test accuracy: 75.0% "
+        "(before training 12.5%, baseline 25.0%)",
+    ]
+    assert log.scores_of_test(RECORDS[1]) == {"test_accuracy": 0.75}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,6 +328,14 @@ def test_a_broken_picture_is_left_out_from_the_start(flags, run_main, capsys):
     assert gone and all(out.index(each) < out.index("Before training") for each in gone)
     answered = [each["source"] for each in lines_of(flags["output_dir"] / "test_predictions.jsonl")]
     assert answered == [each for each in sources if each not in gone]
+
+
+def test_one_of_almost_one_colour_is_told(flags, run_main, capsys):
+    Image.new("RGB", (20, 10), "red").save(flags["test_file"].with_name("11.png"))
+    run_main(**flags)
+    out, page = capsys.readouterr().out, (flags["output_dir"] / "report.html").read_text()
+    told = f"pictures of almost one colour, perhaps badly exported: 1 ({flags['test_file']}:1)"
+    assert f"warning: {told}" in " ".join(out.split()) and told in page
 
 
 def test_one_picture_and_one_question(flags, run_main, capsys):
