@@ -115,7 +115,7 @@ def score(model, tokenizer, path, batch_size, output_dir, title):
         summary=None,
         history=history,
         kept_epoch=None,
-        predictions=lines,
+        sets=[{"name": path.name, "predictions": lines}],
         skipped=data.skipped,
         left_out=[],
         machine=machine(model.device, 0.0),

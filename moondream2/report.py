@@ -131,7 +131,7 @@ def peak_memory():
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
-def facts(title, constants, summary, history, kept_epoch, predictions, skipped, left_out, machine) -> dict:
+def facts(title, constants, summary, history, kept_epoch, sets, skipped, left_out, machine) -> dict:
     """What `write_report` shows, as plain data that JSON can hold.
 
     Args:
@@ -140,7 +140,8 @@ def facts(title, constants, summary, history, kept_epoch, predictions, skipped, 
         summary: what `summarize` says of the data; None where a saved model is scored.
         history: the records of the epochs; a number is None where it was not taken, or was not finite.
         kept_epoch: the one whose weights are saved; None without training.
-        predictions: of `predictions`.
+        sets: [{"name", "predictions"}] of the questions that were answered, each set under the name that a person knows
+            it by, its predictions of `predictions`. The verdict rests on the last.
         skipped: (source, reason) of the lines left out as the files were read.
         left_out: (source, reason) of those left out later.
         machine: of `machine`.
@@ -151,23 +152,23 @@ def facts(title, constants, summary, history, kept_epoch, predictions, skipped, 
         "history": history,
         "kept_epoch": kept_epoch,
         "data": summary,
-        "predictions": predictions,
+        "sets": sets,
         "left_out": left_out_by_reason(skipped, left_out),
         "constants": {name.upper(): value for name, value in vars(constants).items()},
         "machine": machine,
     }
 
 
-def facts_of_run(constants, progress, train, valid, predictions, device) -> dict:
+def facts_of_run(constants, progress, train, valid, sets, device, test=None) -> dict:
     """`facts` of a run that has come to its end."""
     return facts(
         title=Path(constants.output_dir).name,
         constants=constants,
-        summary=summarize(train, valid),
+        summary=summarize(train, valid, test),
         history=progress.history,
         kept_epoch=progress.best_epoch,
-        predictions=predictions,
-        skipped=[*train.skipped, *valid.skipped],
+        sets=sets,
+        skipped=[*train.skipped, *valid.skipped, *(test.skipped if test else [])],
         left_out=progress.left_out,
         machine=machine(device, sum(record["seconds"] for record in progress.history)),
     )
@@ -187,10 +188,12 @@ def write_report(path: Path, run: dict) -> None:
     )
     templates.filters |= {"percent": percent, "decimals": decimals, "duration": duration, "counted": counted}
     scores = scores_of(run)
-    pictures, unshown = choose(by_picture(run["predictions"]))
+    predictions = run["sets"][-1]["predictions"] if run["sets"] else []
+    pictures, unshown = choose(by_picture(predictions))
     page = templates.get_template("report.html.jinja").render(
         run=run,
         scores=scores,
+        predictions=predictions,
         metrics=METRICS,
         verdict=verdict(scores),
         result_warnings=list(result_warnings(scores)),
@@ -219,7 +222,7 @@ def duration(seconds):
 
 def scores_of(run):
     """What a verdict rests on: metrics and loss before training and of the kept epoch, and the baseline."""
-    history, predictions = run["history"], run["predictions"]
+    history, predictions = run["history"], run["sets"][-1]["predictions"] if run["sets"] else []
     epochs = {record["epoch"]: record for record in history}
     first, last = epochs.get(0, {}) if any(epochs) else {}, history[-1] if history else {}
     kept = epochs.get(run["kept_epoch"], last)

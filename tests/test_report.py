@@ -96,7 +96,7 @@ def make_run(predictions=(), **changes):
             "baseline_accuracy": 0.4,
             "warnings": [],
         },
-        "predictions": list(predictions),
+        "sets": [{"name": "validation", "predictions": list(predictions)}],
         "left_out": [],
         "constants": {"EPOCHS": 3, "LEARNING_RATE": 3e-5},
         "machine": {"torch": "2.13.0", "device": "cpu", "seconds": 3725.0, "peak_memory_gib": 8.215},
@@ -424,7 +424,14 @@ def test_facts_are_what_the_report_shows(open_page):
     said = {example.key: Answer("Yes.", 0.9, False) for example in valid.examples}
     answers = predictions(valid, {}, said)
     run = make_run()
-    parts = run["data"], run["history"], run["kept_epoch"], answers, SKIPPED, LEFT_OUT
+    parts = (
+        run["data"],
+        run["history"],
+        run["kept_epoch"],
+        [{"name": "validation", "predictions": answers}],
+        SKIPPED,
+        LEFT_OUT,
+    )
     made = facts("crossings", CONSTANTS, *parts, machine(torch.device("cpu"), 12.34))
     assert json.loads(json.dumps(made)) == made
     assert made.keys() == run.keys()
