@@ -350,6 +350,7 @@ def finish(constants, progress, checkpoints, output, model, tokenizer, train, va
     answers = predictions(valid, progress.answers_before, progress.answers_best)
     output.write_lines("predictions.jsonl", answers)
     sets, device = [{"name": "validation", "predictions": answers}], model.get_input_embeddings().weight.device
+    log.verdict(sets)
     write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, sets, device))
     with output.new_model() as folder:
         save(model, tokenizer, checkpoints.best_weights(), model_card(constants, progress, train, valid), folder)

@@ -4,7 +4,7 @@ All of it comes from a list of predictions, the dictionaries of `report.predicti
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -134,11 +134,13 @@ def verdict(predictions, names=None) -> str | None:
     else:
         claim = f"Training {'raised' if rose else 'lowered'} accuracy by {size}"
         doubt = f"the {'gain' if rose else 'loss'} of {size}"
-    if low is None:
-        return f"It takes more than {asked(gain)} to tell {doubt} from chance"
-    if not float(low) > 0:
-        claim = f"{asked(gain)} can't tell {doubt} from chance" if float(change) else f"{asked(gain)} show no change"
-    return f"{claim} (95% interval {low} to {high})"
+    if not float(change):
+        claim = f"No change in {asked(gain)}"
+    elif low is None:
+        claim = f"It takes more than {asked(gain)} to tell {doubt} from chance"
+    elif not float(low) > 0:
+        claim = f"{asked(gain)} can't tell {doubt} from chance"
+    return claim if low is None else f"{claim} (95% interval {low} to {high})"
 
 
 def with_interval(estimate):
@@ -175,7 +177,8 @@ def by_question(predictions) -> list[dict]:
     """What came of each question that is asked a few times, those with the most wrong answers first.
 
     Returns:
-        [{"question", "accuracy": Estimate, "few": whether it has few examples, "table": of `table`, or None}].
+        [{"question", "right": how many, "accuracy": Estimate, "few": whether it has few examples, "answers": how many
+        different ones are right, "table": of `table`, or None}].
     """
     groups = defaultdict(list)
     for each in predictions:
@@ -184,14 +187,16 @@ def by_question(predictions) -> list[dict]:
     found = [
         {
             "question": group[0]["question"],
+            "right": sum(each["after_correct"] for each in group),
             "accuracy": accuracy_of(group),
             "few": len(group) < FEW,
+            "answers": len({normalize(true_and_said(each)[0]) for each in group}),
             "table": table(group),
         }
         for group in groups.values()
         if len(group) >= LEAST_ASKED
     ]
-    return sorted(found, key=lambda each: -round((1 - each["accuracy"].value) * each["accuracy"].questions))
+    return sorted(found, key=lambda each: each["right"] - each["accuracy"].questions)
 
 
 def table(predictions) -> dict | None:
@@ -313,6 +318,11 @@ def reliability(predictions) -> dict | None:
     }
 
 
+def sureness(probability) -> str:
+    """A probability in percent, which is never told to be none or all."""
+    return "over 99%" if probability >= 0.995 else "under 1%" if probability < 0.005 else f"{probability:.0%}"
+
+
 def scored_of(predictions):
     """The predictions that were scored, the surest first."""
     scored = [each for each in predictions if each["after_correct"] is not None]
@@ -363,3 +373,31 @@ def trust_in_words(predictions) -> str | None:
     if accuracy.value < TRUSTED:
         return f"No probability makes {TRUSTED:.0%} of the answers right: {told}"
     return told[0].upper() + told[1:]
+
+
+def difference_in_words(predictions, names) -> str:
+    """How many questions two models answer differently, and how many of these only one gets right."""
+    differ = [each for each in predictions if each["before"] is not None and is_changed(each)]
+    only = Counter(each["after_correct"] for each in differ if each["after_correct"] != each["before_correct"])
+    told = f"{len(differ):,} of {counted(len(predictions), 'question')} are answered differently"
+    return f"{told}: {only[True]:,} right only by {names['after']}, {only[False]:,} only by {names['before']}"
+
+
+def is_changed(prediction):
+    """Whether the two answers are different ones."""
+    return normalize(prediction["before"]) != normalize(prediction["after"])
+
+
+def sentences(predictions, names=None) -> list[str]:
+    """The verdict, the largest mistake, and how far an answer can be trusted, as far as there is something to say.
+
+    Args:
+        names: {"before", "after"} of two models that are compared; the mistakes and the trust are the second's.
+    """
+    mistakes, whose = mistakes_of(by_question(predictions)), f" of {names['after']}" if names else ""
+    largest = f"Largest mistake{whose}: {mistake_in_words(mistakes[0])}" if mistakes else None
+    differing = difference_in_words(predictions, names) if names else None
+    trusted = trust_in_words(predictions)
+    if trusted and names:
+        trusted = f"{names['after']}: {trusted[0].lower()}{trusted[1:]}"
+    return [told for told in (verdict(predictions, names), differing, largest, trusted) if told]

@@ -19,6 +19,8 @@ from moondream2.verdict import (
     mistakes_of,
     reliability,
     selective,
+    sentences,
+    sureness,
     table,
     threshold,
     trust_in_words,
@@ -53,7 +55,7 @@ def said(question, *cells, picture=0):
     """Predictions of (right answers, what was said, times), a picture each."""
     return [
         prediction(
-            f"{question}{answers}{answer}{i}", answer in answers, 0.5, question=question, said=answer, answers=answers
+            f"{question}{answers}{answer}{i}", answer in answers, question=question, said=answer, answers=answers
         )
         for answers, answer, times in cells
         for i in range(times)
@@ -167,7 +169,8 @@ def test_a_gain_is_of_the_questions_that_were_answered_twice():
             [0] * 4 + [1] * 48 + [0] * 48,
             "100 questions on 100 pictures can't tell the loss of 2 points from chance (95% interval -3 to 7)",
         ),
-        ([1, 0] * 50, [1, 0] * 50, "100 questions on 100 pictures show no change (95% interval -3 to 3)"),
+        ([1, 0] * 50, [1, 0] * 50, "No change in 100 questions on 100 pictures (95% interval -3 to 3)"),
+        ([0, 1], [1, 0], "No change in 2 questions on 2 pictures"),
         ([0] * 3, [1] * 3, "It takes more than 3 questions on 3 pictures to tell the gain of 100 points from chance"),
         ([0], [1], "It takes more than 1 question on 1 picture to tell the gain of 100 points from chance"),
         ([None] * 40, [1] * 30 + [0] * 10, "Accuracy is 75% (95% interval 60 to 88%), of 40 questions on 40 pictures"),
@@ -329,3 +332,29 @@ def test_a_threshold_leaves_ten_answers():
     ]
     assert threshold(answers)[0] is None
     assert threshold(answers[:9]) is None
+
+
+def test_a_probability_is_never_told_to_be_none_or_all():
+    assert [sureness(each) for each in (1.0, 0.996, 0.994, 0.5, 0.006, 0.001)] == [
+        *("over 99%", "over 99%", "99%", "50%", "1%", "under 1%")
+    ]
+
+
+def test_what_a_run_says_at_its_end():
+    answers = said("Is it safe?", (["No"], "Yes", 6), (["No"], "No", 4), (["Yes"], "Yes", 20))
+    assert sentences(answers) == [
+        "Accuracy is 80% (95% interval 63 to 93%), of 30 questions on 30 pictures",
+        'Largest mistake: "Is it safe?": said "Yes" for "No" 6 times of 10',
+        "No probability makes 95% of the answers right: of all its answers 80% (95% interval 63 to 93%) are right",
+    ]
+    assert sentences([]) == [] and len(sentences(answers[:4])) == 1
+
+
+def test_what_is_said_of_two_models():
+    answers = said("Is it safe?", (["No"], "Yes", 6), (["No"], "No", 4), (["Yes"], "Yes", 20))
+    others = [{**each, "before": "yes", "before_correct": each["answers"] == ["Yes"]} for each in answers]
+    assert sentences(others, {"before": "old", "after": "new"})[1:] == [
+        "4 of 30 questions are answered differently: 4 right only by new, 0 only by old",
+        'Largest mistake of new: "Is it safe?": said "Yes" for "No" 6 times of 10',
+        "new: no probability makes 95% of the answers right: of all its answers 80% (95% interval 63 to 93%) are right",
+    ]
