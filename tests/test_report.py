@@ -762,7 +762,7 @@ def test_everything_from_the_data_is_text(open_page, tmp_path):
     assert page.title == f"{EVIL}: report"
     assert page.execute_script("return [document.scripts.length, document.images.length, window.evil]") == [1, 5, None]
     text = page.execute_script("return document.querySelector('main').textContent")
-    assert text.count(EVIL) == 71
+    assert text.count(EVIL) == 73
 
 
 @pytest.mark.parametrize("width", [400, 1400])
