@@ -363,6 +363,7 @@ def finish(constants, progress, checkpoints, output, model, tokenizer, train, va
         answers = predictions(test, progress.test_before, progress.test_best)
         output.write_lines("test_predictions.jsonl", answers)
         sets.append({"name": "test", "predictions": answers, "baseline": baseline_accuracy(train, test)})
+    log.verdict(sets)
     write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, sets, device, test))
     with output.new_model() as folder:
         save(model, tokenizer, checkpoints.best_weights(), model_card(constants, progress, train, valid, test), folder)
