@@ -232,7 +232,11 @@ def write(writer, path, tensors, config, weights):
     for name, tensor in tqdm(read, f"Writing {path.name}", len(kinds), unit=" tensors", leave=False):
         if kinds[name] == gguf.GGMLQuantizationType.F16 and not tensor.abs().max() <= FLOAT16_MAX:
             raise InputError(f"{name} holds what float16 can't: give --type bf16")
-        writer.write_tensor_data(gguf.quantize(tensor.contiguous().numpy(), kinds[name]))
+        values = gguf.quantize(tensor.contiguous().numpy(), kinds[name])
+        try:
+            writer.write_tensor_data(values)
+        except OSError as error:  # numpy's, which counts what was written and leaves out why not all was
+            raise OSError(f"the disk is full, or takes no more ({error})") from None
     writer.close()
 
 
@@ -244,7 +248,7 @@ def refuse_taken(folder):
 def refuse_full(folder, size):
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise InputError(f"the export takes {size / GB:,.1f} GB in {folder}, where {free / GB:,.1f} are free")
+        raise InputError(f"the export takes {size / GB:,.3f} GB in {folder}, where {free / GB:,.1f} are free")
 
 
 def export(folder, target, kind):
@@ -269,7 +273,7 @@ def export(folder, target, kind):
             (beside / "Modelfile").write_text(MODELFILE.format(*names, most_new_tokens), encoding="utf-8", newline="\n")
             (beside / "README.md").write_text(page, encoding="utf-8", newline="\n")
             refuse_taken(target)  # it takes minutes
-    print(f"Saved to {target}, {size / GB:,.1f} GB. Its README.md says how to serve it.")
+    print(f"Saved to {target}, {size / GB:,.3f} GB. Its README.md says how to serve it.")
 
 
 def main():
