@@ -51,7 +51,7 @@ README = """\
 
 A fine-tuned Moondream2 of 2024-08-26. To serve it with llama.cpp, in this folder:
 
-    llama-server --jinja -m {1} --mmproj {2} -n {3}
+    llama-server --jinja -m {1} --mmproj {2} -np 4 -c 8192 -n {3}
 
 and with Ollama:
 

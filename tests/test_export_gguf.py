@@ -6,9 +6,12 @@ import json
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -55,11 +58,12 @@ SIZES = {"small": (100, 60), "the model's own": (126, 126), "wide, seen by us in
 class Engine:
     """llama.cpp's server, serving the GGUF files of a folder on a port of its own."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, parallel=1, context=0):
         params = xllamacpp.CommonParams()
         (text_model,) = folder.glob("text-model-*.gguf")
         params.model.path, params.mmproj.path = str(text_model), str(folder / "mmproj-f16.gguf")
-        params.port, params.n_parallel, params.use_jinja, params.warmup = 0, 1, True, False
+        params.port, params.use_jinja, params.warmup = 0, True, False
+        params.n_parallel, params.n_ctx = parallel, context
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         self.server = xllamacpp.Server(params)
         self.url = self.server.listening_address
@@ -173,6 +177,28 @@ def test_the_engine_reads_every_type(exported, kind, near):
     assert ids == own_ids and logs == pytest.approx(own_logs, abs=near)
 
 
+def test_as_many_questions_as_the_command_says_are_answered_at_once(exported):
+    """They are long enough that four do not fit into 2048 positions, which the server has by itself."""
+    command = (exported["f16"] / "README.md").read_text()
+    parallel, context = (int(re.search(rf" {flag} (\d+)", command)[1]) for flag in ("-np", "-c"))
+    engine = Engine(exported["f16"], parallel, context)
+    contents = [[PICTURE, text_part(f"{number} {'zu ' * 400}")] for number in range(parallel)]
+    assert len(engine.token_ids(contents[0][1]["text"])) > 1000
+    with ThreadPoolExecutor(parallel) as threads:
+        answers = list(threads.map(partial(engine.ask, max_tokens=4), contents))
+    assert [ids for _, ids, _ in answers] == [engine.ask(content, max_tokens=4)[1] for content in contents]
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_line_of_curl_in_the_docs_asks(engine, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"^```\n(curl .+?)^```$", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S)
+    (script,) = [block.replace("http://127.0.0.1:8080", engine.url) for block in blocks if ":8080" in block]
+    answer = json.loads(subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout)
+    own = own_answer(own_features(Path("images/valid_001.jpg").read_bytes()), "Is there a crossing?")[0]
+    assert answer["choices"][0]["message"]["content"] == own
+
+
 def test_nobody_has_to_ask_for_temperature_0(engine):
     with urlopen(f"{engine.url}/props") as response:
         assert json.load(response)["default_generation_settings"]["params"]["temperature"] == 0
@@ -272,7 +298,7 @@ def test_the_folder_says_how_to_serve_it(exported):
         "PARAMETER num_predict 256",
     ]
     page = (folder / "README.md").read_text()
-    assert "llama-server --jinja -m text-model-f16.gguf --mmproj mmproj-f16.gguf -n 256" in page
+    assert "llama-server --jinja -m text-model-f16.gguf --mmproj mmproj-f16.gguf -np 4 -c 8192 -n 256" in page
     assert "ollama create tiny_moondream2 -f Modelfile" in page
 
 
