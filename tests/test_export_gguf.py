@@ -8,9 +8,9 @@ import resource
 import shutil
 import subprocess
 import sys
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import HTTPError
@@ -160,7 +160,7 @@ def test_the_engine_answers_as_the_project_does(engine, size, order):
         text, ids, logs = engine.ask(content if order == "picture first" else content[::-1])
         own_text, own_ids, own_logs = own_answer(own_features(data), question)
         assert (text, ids) == (own_text, own_ids), question
-        assert logs == pytest.approx(own_logs, abs=0.02), question
+        assert logs == pytest.approx(own_logs, abs=0.005), question
 
 
 def test_answers_differ_from_picture_to_picture_and_from_question_to_question():
@@ -212,7 +212,8 @@ def test_nobody_has_to_ask_for_temperature_0(engine):
 @pytest.mark.parametrize("marker", [MARKER, OLLAMA_MARKER])
 def test_a_marker_within_a_text_is_cut_out_and_put_first(engine, marker):
     """Ollama's server joins the parts of a message itself."""
-    for content in (f"{marker}Why?", f"Why?{marker}", f"Wh{marker}y?", f"What is <__media_x__>?{marker}"):
+    fake = "<__media_x__>"
+    for content in (f"{marker}Why?", f"Why?{marker}", f"Wh{marker}y?", f"Is {fake}?{marker}", f"Is{marker} {fake}?"):
         question = content.replace(marker, "")
         assert engine.prompt(("user", content)).replace("picture", MARKER) == marker + prompt_text(question)
 
@@ -302,8 +303,16 @@ def test_the_folder_says_how_to_serve_it(exported):
     assert "ollama create tiny_moondream2 -f Modelfile" in page
 
 
-def test_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
-    read, most = [], []
+def test_answers_are_cut_where_the_runs_own_were(tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 12}')
+    export(folder, tmp_path / "gguf", "f16")
+    assert "PARAMETER num_predict 12\n" in (tmp_path / "gguf" / "Modelfile").read_text()
+    assert "-n 12\n" in (tmp_path / "gguf" / "README.md").read_text()
+
+
+def test_a_tensor_is_written_before_the_next_is_read(tmp_path, monkeypatch):
+    order = []
 
     class Weights:
         def __init__(self, *arguments):
@@ -319,15 +328,17 @@ def test_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
             pass
 
         def get_tensor(self, name):
-            most.append(sum(tensor() is not None for tensor in read))
-            tensor = self.file.get_tensor(name)
-            read.append(weakref.ref(tensor))
-            return tensor
+            order.append("read")
+            return self.file.get_tensor(name)
 
-    safe_open = export_gguf.safe_open
+    safe_open, write_tensor = export_gguf.safe_open, gguf.GGUFWriter.write_tensor_data
     monkeypatch.setattr(export_gguf, "safe_open", Weights)
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "write_tensor_data", lambda *arguments: (order.append("write"), write_tensor(*arguments))
+    )
     export(TINY, tmp_path / "gguf", "f16")
-    assert len(most) == 80 and max(most) <= 1
+    assert order.count("read") == 80  # a bias and a weight each; the vision encoder's q, k and v are read as one
+    assert not any(pair == ("read", "read") for pair in pairwise(order))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +382,8 @@ SPOILT = {
 
 
 @pytest.mark.parametrize(("spoil", "line"), SPOILT.values(), ids=SPOILT)
-def test_a_line_says_what_is_wrong_and_nothing_is_written(tmp_path, spoil, line):
+def test_a_line_says_what_is_wrong_and_nothing_is_written(tmp_path, monkeypatch, spoil, line):
+    monkeypatch.setattr(export_gguf, "write", lambda *arguments: pytest.fail("it took minutes to notice"))
     folder = shutil.copytree(TINY, tmp_path / "model")
     spoil(folder)
     before = sorted(tmp_path.rglob("*"))
