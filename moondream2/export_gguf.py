@@ -3,14 +3,15 @@
 python -m moondream2.export_gguf moondream_crosswalks_finetuned
 python -m moondream2.export_gguf moondream_crosswalks_finetuned --type q8_0 --output_dir crosswalks_q8
 
-Their engine has no model of this name, but the graphs of its two halves: Phi-2 for the text model, and for the vision
-encoder the one of LLaVA, which needs four turns to become Moondream's; each is told where it stands below.
-docs/serving.md says how to serve the files, and what the engine does otherwise.
+Their engine has no graph for Moondream2, but one for each of its halves: Phi-2's for the text model, and for the vision
+encoder LLaVA's, which is told to do as Moondream does. docs/serving.md has the lines that serve the files, and what is
+not the same there.
 """
 
 import argparse
 import json
 import math
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,7 +266,8 @@ def export(folder, target, kind):
         target.parent.mkdir(parents=True, exist_ok=True)
         refuse_full(target.parent, size)
         names = f"text-model-{kind}.gguf", "mmproj-f16.gguf"
-        page = README.format(Path(folder).resolve().name, *names, most_new_tokens)
+        name = re.sub(r"[^\w.-]+", "-", Path(folder).resolve().name)  # which Ollama takes, too
+        page = README.format(name, *names, most_new_tokens)
         with write_whole(target) as beside:
             beside.mkdir()
             write(text, beside / names[0], text_tensors, config, weights)

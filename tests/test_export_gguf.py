@@ -139,9 +139,10 @@ def own_features(data):
     return own_model().encode_image(Image.open(io.BytesIO(data)))
 
 
-def own_answer(features, question, most=32):
+@cache
+def own_answer(data, question, most=32):
     """What `Engine.ask` gives, of the project's own model: log-probabilities by one plain pass over all tokens."""
-    model, tokenizer = own_model(), small_tokenizer()
+    model, tokenizer, features = own_model(), small_tokenizer(), own_features(data)
     (prompt,) = token_ids([prompt_text(question)], tokenizer)
     ((ids, _),) = model.generate_ids(features, [[prompt]], tokenizer.bos_token_id, tokenizer.eos_token_id, most)[0]
     tokens = torch.tensor([[tokenizer.bos_token_id, *prompt, *ids]])
@@ -158,14 +159,14 @@ def test_the_engine_answers_as_the_project_does(engine, size, order):
     for question in QUESTIONS:
         content = [picture_part(data), text_part(question)]
         text, ids, logs = engine.ask(content if order == "picture first" else content[::-1])
-        own_text, own_ids, own_logs = own_answer(own_features(data), question)
+        own_text, own_ids, own_logs = own_answer(data, question)
         assert (text, ids) == (own_text, own_ids), question
         assert logs == pytest.approx(own_logs, abs=0.005), question
 
 
 def test_answers_differ_from_picture_to_picture_and_from_question_to_question():
     """Else the test above could not tell them apart."""
-    answers = [own_answer(own_features(png(size)), question) for size in SIZES.values() for question in QUESTIONS]
+    answers = [own_answer(png(size), question) for size in SIZES.values() for question in QUESTIONS]
     assert len({tuple(ids) for _, ids, _ in answers}) > 5
     assert len({round(logs[0], 2) for _, _, logs in answers}) > len(QUESTIONS)
 
@@ -173,7 +174,7 @@ def test_answers_differ_from_picture_to_picture_and_from_question_to_question():
 @pytest.mark.parametrize(("kind", "near"), [("bf16", 0.02), ("q8_0", 0.2)])
 def test_the_engine_reads_every_type(exported, kind, near):
     _, ids, logs = Engine(exported[kind]).ask([PICTURE, text_part("Is there a crossing?")])
-    _, own_ids, own_logs = own_answer(own_features(png((126, 126))), "Is there a crossing?")
+    _, own_ids, own_logs = own_answer(png((126, 126)), "Is there a crossing?")
     assert ids == own_ids and logs == pytest.approx(own_logs, abs=near)
 
 
@@ -195,7 +196,7 @@ def test_the_line_of_curl_in_the_docs_asks(engine, monkeypatch):
     blocks = re.findall(r"^```\n(curl .+?)^```$", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S)
     (script,) = [block.replace("http://127.0.0.1:8080", engine.url) for block in blocks if ":8080" in block]
     answer = json.loads(subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout)
-    own = own_answer(own_features(Path("images/valid_001.jpg").read_bytes()), "Is there a crossing?")[0]
+    own = own_answer(Path("images/valid_001.jpg").read_bytes(), "Is there a crossing?")[0]
     assert answer["choices"][0]["message"]["content"] == own
 
 
@@ -304,11 +305,12 @@ def test_the_folder_says_how_to_serve_it(exported):
 
 
 def test_answers_are_cut_where_the_runs_own_were(tmp_path):
-    folder = shutil.copytree(TINY, tmp_path / "model")
+    folder = shutil.copytree(TINY, tmp_path / "my model (2)")
     (folder / "generation_config.json").write_text('{"max_new_tokens": 12}')
     export(folder, tmp_path / "gguf", "f16")
     assert "PARAMETER num_predict 12\n" in (tmp_path / "gguf" / "Modelfile").read_text()
-    assert "-n 12\n" in (tmp_path / "gguf" / "README.md").read_text()
+    page = (tmp_path / "gguf" / "README.md").read_text()
+    assert "-n 12\n" in page and "ollama create my-model-2- -f Modelfile\n" in page
 
 
 def test_a_tensor_is_written_before_the_next_is_read(tmp_path, monkeypatch):
