@@ -14,6 +14,7 @@ from accelerate.commands.launch import launch_command_parser
 import finetune_moondream as script
 from moondream2 import cli
 from moondream2.data import parse_line
+from moondream2.export_gguf import README as README_OF_EXPORT
 from moondream2.output_dir import MARKER, NAMES
 from tests.conftest import ROOT
 
@@ -25,7 +26,7 @@ INLINE = re.compile(r"`([^`]+)`")
 OTHERS = {"CUDA out of memory"}  # a message of torch
 ENVIRONMENT = {"ACCELERATE_USE_CPU", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "OMP_NUM_THREADS"}  # that pages name
 OTHER_FLAGS = {"--machine_rank", "--shm-size"}  # of accelerate, and of a container's start
-RUNNABLE = re.compile(r"(\w+=\S+ )*(python|accelerate|pip|hf) ")
+RUNNABLE = re.compile(r"(\w+=\S+ )*(python|accelerate|pip|hf|llama-server) ")
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -142,6 +143,11 @@ def check(words, monkeypatch):
             assert all((ROOT / each).is_file() for each in lists)
         case ["hf", "download", *flags]:
             assert flags[:3] == [script.MODEL_ID, "--revision", script.REVISION]
+        case ["llama-server", *flags]:
+            files = "text-model-f16.gguf", "mmproj-f16.gguf"
+            assert " ".join(["llama-server", *(flag.split("/")[-1] for flag in flags)]) in README_OF_EXPORT.format(
+                "name", *files, flags[-1]
+            )
         case _:
             pytest.fail(f"unknown command: {shlex.join(words)}")
 
