@@ -35,7 +35,7 @@ def model_card(constants, progress, train, valid, test=None) -> str:
         ),
         "Losses": f"{losses(progress.history)}\n\n"
         f"The weights are those of epoch {progress.best_epoch}. Epoch 0 is the model before training.",
-        "Test": test and tested(test, progress),
+        "Test": test and figures_of_test(test, progress),
         "Constants": "\n".join(
             ["```", *(f"{name.upper()} = {value!r}" for name, value in vars(constants).items()), "```"]
         ),
@@ -56,7 +56,7 @@ def losses(history):
     return "\n".join([head, "| --- | --- | --- | --- |", *rows])
 
 
-def tested(test, progress):
+def figures_of_test(test, progress):
     """What the model says of the file that had no say in training."""
     rows = [
         f"| {when} | {decimals(record['test_loss'])} | {percent(record['test_accuracy'])} |"

@@ -70,7 +70,7 @@ def test_it_looks_at_a_test_file_and_says_what_judges_without_a_valid_file(
     flags |= {"test_file": test_file, "valid_file": "none", "epochs": 1}
     monkeypatch.setattr(check, "GB", 1)
     told = run_check(**flags)
-    (features,) = [line for line in told if line.startswith(f"On the disk: up to {10 * 81 * 64 * 2:,}.0 GB in ")]
+    (features,) = [line for line in told if line.startswith(f"On the disk: up to {10 * 81 * 192 * 2:,}.0 GB in ")]
     assert str(flags["features_dir"]) in features
     assert any(line.startswith("No VALID_FILE: 1 of 8 pictures") for line in told)
     assert "a tenth of train.jsonl" in "\n".join(told) and "test.jsonl" in "\n".join(told)

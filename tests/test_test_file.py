@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
 from moondream2 import launch, log
-from moondream2.card import tested
+from moondream2.card import figures_of_test
 from moondream2.checkpoints import Interrupted, Progress
 from moondream2.cli import InputError
 from moondream2.modeling_moondream2 import Answer
@@ -118,7 +118,7 @@ RECORDS = [
 
 
 def test_the_card_has_the_kept_epochs_figures():
-    text = tested(SimpleNamespace(path="t.jsonl"), SimpleNamespace(history=RECORDS, best_epoch=1))
+    text = figures_of_test(SimpleNamespace(path="t.jsonl"), SimpleNamespace(history=RECORDS, best_epoch=1))
     assert text.splitlines()[-2:] == ["| before | 3.0000 | 12.5% |", "| after | – | 75.0% |"]
 
 
