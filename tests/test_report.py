@@ -424,14 +424,7 @@ def test_facts_are_what_the_report_shows(open_page):
     said = {example.key: Answer("Yes.", 0.9, False) for example in valid.examples}
     answers = predictions(valid, {}, said)
     run = make_run()
-    parts = (
-        run["data"],
-        run["history"],
-        run["kept_epoch"],
-        [{"name": "validation", "predictions": answers}],
-        SKIPPED,
-        LEFT_OUT,
-    )
+    parts = run["data"], run["history"], run["kept_epoch"], [{"name": "validation", "predictions": answers}], SKIPPED, LEFT_OUT
     made = facts("crossings", CONSTANTS, *parts, machine(torch.device("cpu"), 12.34))
     assert json.loads(json.dumps(made)) == made
     assert made.keys() == run.keys()
