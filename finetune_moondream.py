@@ -1,6 +1,6 @@
 """Fine-tunes Moondream2 on your own pictures and questions: edit the constants, run the file.
 
-A run in the order of this file: data, model, loss, training, saving. Data is two files of lines
+A run in the order of this file: data, model, loss, training, saving. Data is files of lines
 `{"image_path": ..., "question": ..., "answer": ...}`. README.md tells what a user asks next.
 """
 
@@ -27,7 +27,7 @@ from moondream2 import cli, log
 from moondream2.card import how_to_ask, model_card
 from moondream2.checkpoints import Checkpoints, Interrupted, Stop, resume_or_start, settings_of
 from moondream2.cli import InputError, MayChange, Share
-from moondream2.data import Example, read_lines, tokenize
+from moondream2.data import Example, hold_out, read_lines, tokenize
 from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_new_tokens
 from moondream2.features import FeatureStore, image_embeds, keep_features
 from moondream2.launch import (
@@ -56,7 +56,8 @@ from moondream2.summary import format_table, remarked, summarize
 MODEL_ID: str = "vikhyatk/moondream2"  # a hub repository or a local folder
 REVISION: str = "92d3d73b6fd61ab84d9fe093a9c7fd8c04bf2c0d"  # of the hub: the commit of 2024-08-26; tags can move
 TRAIN_FILE: str = "train.jsonl"  # one {"image_path", "question", "answer"} a line
-VALID_FILE: str = "valid.jsonl"  # other pictures than those in TRAIN_FILE: they judge each epoch
+VALID_FILE: str | None = "valid.jsonl"  # other pictures, which judge each epoch; None: a tenth of TRAIN_FILE's
+TEST_FILE: str | None = None  # pictures that have no say in training: the model answers them before it and at the end
 OUTPUT_DIR: MayChange[str] = "./moondream_crosswalks_finetuned"  # the saved model, the log and the report
 
 # How: most people edit no further than this --------------------------------------------------------------------------
@@ -146,14 +147,20 @@ class VQADataset(Dataset):
 
 
 def read_data(constants, tokenizer, max_text_tokens, stop):
-    """Both datasets, and a table of what is in them. What is malformed in either is said before a picture is read."""
-    paths = Path(constants.train_file), Path(constants.valid_file)
-    files = [(path, read_lines(path, tokenizer.eos_token)) for path in paths]
+    """The datasets of training, validation and, if there is a file for it, test, and a table of what is in them.
+
+    What is malformed in any of the files is said before a picture is read.
+    """
+    names = constants.train_file, constants.valid_file, constants.test_file
+    files = [(Path(name), read_lines(Path(name), tokenizer.eos_token)) for name in names if name is not None]
     known, datasets = KnownPictures(constants.features_dir), []
     for path, lines in files:
         found = find_pictures(path, lines, known, stop.check_alone)
         datasets.append(VQADataset(path, lines, found, tokenizer, max_text_tokens))
         log.skipped(datasets[-1])
+    if constants.valid_file is None:
+        datasets.insert(1, hold_out(datasets[0]))
+        log.held_out(*datasets[:2])
     print(format_table(summarize(*datasets)))
     return datasets
 
@@ -342,7 +349,7 @@ def save(model, tokenizer, best_weights, card, folder):
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def finish(constants, progress, checkpoints, output, model, tokenizer, train, valid):
+def finish(constants, progress, checkpoints, output, model, tokenizer, train, valid, test=None):
     """Puts into OUTPUT_DIR the best epoch's model, its answers and the report; the checkpoints go."""
     progress.require_best()
     log.best(progress, constants.epochs)
@@ -350,10 +357,16 @@ def finish(constants, progress, checkpoints, output, model, tokenizer, train, va
     answers = predictions(valid, progress.answers_before, progress.answers_best)
     output.write_lines("predictions.jsonl", answers)
     sets, device = [{"name": "validation", "predictions": answers}], model.get_input_embeddings().weight.device
+    if test is None:
+        output.remove("test_predictions.jsonl")  # of a run that this one replaces
+    else:
+        answers = predictions(test, progress.test_before, progress.test_best)
+        output.write_lines("test_predictions.jsonl", answers)
+        sets.append({"name": "test", "predictions": answers, "baseline": baseline_accuracy(train, test)})
     log.verdict(sets)
-    write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, sets, device))
+    write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, sets, device, test))
     with output.new_model() as folder:
-        save(model, tokenizer, checkpoints.best_weights(), model_card(constants, progress, train, valid), folder)
+        save(model, tokenizer, checkpoints.best_weights(), model_card(constants, progress, train, valid, test), folder)
     checkpoints.discard()
     print(f"Saved to {output.path}, with report.html to look at. To ask it:\n\n{how_to_ask(output.path, valid)}")
 
@@ -369,19 +382,21 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
     config, tokenizer = first_on_each_machine(accelerator, load_tokenizer, *release)
     prefix = 1 + config.image_tokens  # positions of BOS and a picture, which begin each row
     max_text_tokens = config.text_config.max_position_embeddings - prefix
-    train, valid = from_main(accelerator, read_data, constants, tokenizer, max_text_tokens, stop)
+    datasets = from_main(accelerator, read_data, constants, tokenizer, max_text_tokens, stop)
+    train, valid, *tests = datasets  # of which there is one or none
     model = first_on_each_machine(accelerator, load_model, *release).to(accelerator.device)
-    model.generation_config.max_new_tokens = most_new_tokens((train, valid), max_text_tokens)
+    model.generation_config.max_new_tokens = most_new_tokens(datasets, max_text_tokens)
     print_parameters(model)
 
     store = FeatureStore(constants.features_dir, model)
-    settings = settings_of(constants, cli.may_change(sys.modules[__name__]), train, valid, store.key)
+    settings = settings_of(constants, cli.may_change(sys.modules[__name__]), datasets, store.key)
     progress = from_main(accelerator, resume_or_start, checkpoints, settings, constants, accelerator.num_processes)
     start_tracker(accelerator, constants, progress)
-    pictures = train.pictures | valid.pictures
+    pictures = {key: picture for each in datasets for key, picture in each.pictures.items()}
     broken, remarks = keep_features(list(pictures.values()), model.vision_encoder, store, accelerator, stop.together)
-    train.remarks = valid.remarks = remarks
-    log.decoded(train.leave_out(broken) + valid.leave_out(broken), remarked(train, valid))
+    for each in datasets:
+        each.remarks = remarks
+    log.decoded([line for each in datasets for line in each.leave_out(broken)], remarked(*datasets))
 
     order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
     sampler = StepSampler(train, prefix, *order, accelerator.process_index, accelerator.num_processes)
@@ -392,7 +407,20 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
 
     lay = partial(lay_out, pictures=pictures, store=store, bos=tokenizer.bos_token_id, image_tokens=config.image_tokens)
     read = partial(read_batches, lay_out=lay, progress=progress, is_shown=accelerator.is_main_process)
-    judges = own_batches(accelerator, whole_rows(valid, prefix, 4 * constants.batch_size, max_text_tokens))
+
+    def judge(dataset, title, asked):
+        """Avg Loss of a dataset with the weights as they are now, and the answers to what is asked of it."""
+        batches = own_batches(accelerator, whole_rows(dataset, prefix, 4 * constants.batch_size, max_text_tokens))
+        with whole_weights(engine.text_model), closing(read(batches, title, len(batches))) as batches:
+            return evaluate(model, tokenizer, stop.heeded(batches), asked)
+
+    def take_test(test):
+        """All questions of the test file, to the model as it came and then to the one that is saved."""
+        loss, answers = judge(test, "Testing", {example.key for example in test})
+        record = progress.enter_test(loss, accuracy_of(test, answers), answers)
+        log.test(record, progress.history[0], baseline_accuracy(train, test))
+        accelerator.log(log.scores_of_test(record), progress.total_steps)
+
     asked, baseline = draw_questions(valid, constants.valid_answers, constants.seed), baseline_accuracy(train, valid)
     with checkpoints.saved_if_stopped(progress):
         while progress.goes_on(constants.epochs, constants.patience):
@@ -403,16 +431,21 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
                 with closing(read(batches, title, sampler.steps * sampler.accum, done)) as batches:
                     steps = in_steps(batches, sampler.accum)
                     train_epoch(engine, steps, model.vision_encoder, progress, checkpoints, stop, constants)
-            with whole_weights(engine.text_model), closing(read(judges, "Validating", len(judges))) as batches:
-                loss, answers = evaluate(model, tokenizer, stop.heeded(batches), asked)
+            loss, answers = judge(valid, "Validating", asked)
             record, is_best = finish_epoch(progress, loss, answers, valid, time.monotonic() - clock)
             log.epoch(record, progress.history[0], baseline, constants.epochs)
             if record["epoch"]:
                 checkpoints.save(progress, is_best)
+            elif tests:
+                take_test(*tests)
             if accelerator.is_main_process:
                 output.write_lines("training_log.jsonl", progress.history)
             accelerator.log(log.scores_of_epoch(record), progress.total_steps)
-    from_main(accelerator, finish, constants, progress, checkpoints, output, model, tokenizer, train, valid)
+    if tests and progress.best_epoch and not progress.is_tested:
+        checkpoints.load_best()
+        take_test(*tests)
+        from_main(accelerator, checkpoints.save_test, progress)
+    from_main(accelerator, finish, constants, progress, checkpoints, output, model, tokenizer, *datasets)
 
 
 def main():

@@ -19,21 +19,23 @@ def how_to_ask(folder, dataset) -> str:
     )
 
 
-def model_card(constants, progress, train, valid) -> str:
+def model_card(constants, progress, train, valid, test=None) -> str:
     """README.md of the saved model, in the hub's form."""
     base = constants.model_id + ("" if Path(constants.model_id).is_dir() else f" at revision {constants.revision}")
-    files = ((constants.train_file, train), (constants.valid_file, valid))
+    datasets = [train, valid, *([test] if test else [])]
     parts = {
         "Ask it": f"```python\n{how_to_ask(constants.output_dir, valid)}\n```",
         "Data": "\n".join(
-            f"- {name}: {len(dataset.examples)} examples on {len(dataset.pictures)} pictures" for name, dataset in files
+            f"- {dataset.path}: {len(dataset.examples)} examples on {len(dataset.pictures)} pictures"
+            for dataset in datasets
         ),
         "Left out": "\n".join(
             f"- {printable(lines['reason'])}, {lines['when']}: {printable(counted(lines))}"
-            for lines in left_out_by_reason([*train.skipped, *valid.skipped], progress.left_out)
+            for lines in left_out_by_reason([line for each in datasets for line in each.skipped], progress.left_out)
         ),
         "Losses": f"{losses(progress.history)}\n\n"
         f"The weights are those of epoch {progress.best_epoch}. Epoch 0 is the model before training.",
+        "Test": test and figures_of_test(test, progress),
         "Constants": "\n".join(
             ["```", *(f"{name.upper()} = {value!r}" for name, value in vars(constants).items()), "```"]
         ),
@@ -52,3 +54,17 @@ def losses(history):
     ]
     head = "| epoch | Training Avg Loss | Validation Avg Loss | Validation accuracy |"
     return "\n".join([head, "| --- | --- | --- | --- |", *rows])
+
+
+def figures_of_test(test, progress):
+    """What the model says of the file that had no say in training."""
+    rows = [
+        f"| {when} | {decimals(record['test_loss'])} | {percent(record['test_accuracy'])} |"
+        for when, record in (("before", progress.history[0]), ("after", progress.history[progress.best_epoch]))
+    ]
+    head = ["| training | Test Avg Loss | Test accuracy |", "| --- | --- | --- |"]
+    said = (
+        f"{test.path} had no say in training: its figures are what to expect on other pictures. Those of the "
+        "validation tend to look better than they are, as the epoch was chosen by them."
+    )
+    return "\n".join([said, "", *head, *rows])

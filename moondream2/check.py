@@ -42,9 +42,9 @@ def check(constants):
     config, tokenizer = script.load_tokenizer(constants.model_id, constants.revision)
     prefix = 1 + config.image_tokens
     max_text_tokens = config.text_config.max_position_embeddings - prefix
-    train, valid = script.read_data(constants, tokenizer, max_text_tokens, NEVER_STOPPED)
+    datasets = script.read_data(constants, tokenizer, max_text_tokens, NEVER_STOPPED)
     if checkpoints.newest() and not constants.overwrite:
-        checkpoints.refuse_another_run(constants, cli.may_change(script), train, valid)
+        checkpoints.refuse_another_run(constants, cli.may_change(script), datasets)
         print(f"It would go on from {checkpoints.newest()}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -52,6 +52,7 @@ def check(constants):
     script.print_parameters(model)
 
     order = constants.batch_size * constants.grad_accum_steps, constants.batch_size
+    train = datasets[0]
     sampler = StepSampler(train, prefix, *order, constants.group_by_picture, constants.seed)
     log.step_size(sampler, constants.batch_size)
     positions = [sampler.work(batch) for step in sampler.epoch(1) for batch in step]
@@ -63,7 +64,7 @@ def check(constants):
         f"On the card: {(TRAINED * trained + activations) / GIB:,.1f} GiB by the arithmetic of docs/memory.md, "
         f"{TRAINED * trained / GIB:,.1f} for weights, gradients and AdamW, {activations / GIB:,.1f} for activations"
     )
-    for line in disk(constants, len(train.pictures | valid.pictures), config, trained, model):
+    for line in disk(constants, len({key for each in datasets for key in each.pictures}), config, trained, model):
         print(line)
     print("A run with these constants would begin.")
 

@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from moondream2.cli import InputError
-from moondream2.files import is_finite, name_of_unfinished, remove, remove_whole, to_json, write_whole
+from moondream2.files import is_finite, name_of_unfinished, remove, remove_whole, to_json, write_text, write_whole
 from moondream2.launch import any_true, from_main, with_heartbeat
 from moondream2.modeling_moondream2 import Answer
 
-VERSION = 2  # of what a checkpoint holds
+VERSION = 3  # of what a checkpoint holds
 WAY_OUT = ": give another OUTPUT_DIR, or discard that run by --overwrite true"
 CHECKPOINT = re.compile(r"epoch-\d{6}-step-\d{8}")
 
@@ -112,16 +112,20 @@ class Progress:
     best_epoch: int = 0  # 0: none yet
     answers_before: dict = field(default_factory=dict)  # {key of an example: Answer}
     answers_best: dict = field(default_factory=dict)
+    test_before: dict = field(default_factory=dict)  # the same of the test file
+    test_best: dict = field(default_factory=dict)  # given once, by the weights that are saved
     left_out: list = field(default_factory=list)  # [source, reason] of examples whose picture broke during the run
     tracker_id: str = field(default_factory=lambda: secrets.token_hex(8))  # the run's name for a tracker
 
     def __post_init__(self):
-        for answers in (self.answers_before, self.answers_best):  # which JSON made lists of
+        for answers in (self.answers_before, self.answers_best, self.test_before, self.test_best):  # lists in JSON
             answers.update((key, Answer(*answer)) for key, answer in answers.items())
 
     def goes_on(self, epochs, patience):
         """Whether an epoch is still to be trained or judged; says so where patience has come to its end."""
-        if self.epoch > epochs:
+        if self.is_tested and self.epoch <= epochs:
+            print(f"The test file has been answered by epoch {self.best_epoch}'s weights: no more epochs are trained.")
+        if self.epoch > epochs or self.is_tested:
             return False
         waited = self.epoch - 1 - self.best_epoch
         if not self.best_epoch or patience is None or waited < patience:
@@ -139,6 +143,25 @@ class Progress:
         """Whether a validation loss is lower than that of every epoch trained before; one not finite never is."""
         before = [record["valid_loss"] for record in self.history if record["epoch"]]
         return is_finite(valid_loss) and all(valid_loss < loss for loss in before if is_finite(loss))
+
+    def enter_test(self, loss, accuracy, answers):
+        """Enters what came of the test file into the record of the epoch that answered it: the best, or 0 before it.
+
+        Returns:
+            the record.
+        """
+        if self.best_epoch:
+            self.test_best = answers
+        else:
+            self.test_before = answers
+        record = self.history[self.best_epoch]
+        record.update(test_loss=loss if is_finite(loss) else None, test_accuracy=accuracy)
+        return record
+
+    @property
+    def is_tested(self):
+        """Whether the test file was answered by the weights that are saved; it has no say, so training is over then."""
+        return self.best_epoch > 0 and "test_loss" in self.history[self.best_epoch]
 
     def require_best(self):
         """Raises InputError where no epoch was the best, so that there is no model to save."""
@@ -200,9 +223,12 @@ class Checkpoints:
             best = beside / "model.safetensors" if is_best else before and before / "best.safetensors"
             if best and best.exists():
                 link(best, beside / "best.safetensors")
-            text = to_json({"version": VERSION, **asdict(progress)})
-            (beside / "progress.json").write_text(text, encoding="utf-8")
+            (beside / "progress.json").write_text(text_of(progress), encoding="utf-8")
         self.remove_all_but(path)
+
+    def save_test(self, progress):
+        """Saves what came of the test file into the newest checkpoint, whose weights stay what they are."""
+        write_text(self.newest() / "progress.json", text_of(progress))
 
     @contextlib.contextmanager
     def saved_if_stopped(self, progress):
@@ -210,7 +236,7 @@ class Checkpoints:
         try:
             yield
         except Interrupted:
-            if progress.epoch:
+            if progress.total_steps:
                 self.save(progress)
             raise
 
@@ -223,7 +249,7 @@ class Checkpoints:
         weights, state = with_heartbeat(self.accelerator, is_main, read_states, path) or ({}, {})
         scheduler, is_stepped = from_main(self.accelerator, lambda: (state["scheduler"], bool(state["optimizer"])))
         self.scheduler.load_state_dict(scheduler)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.accelerator.num_processes > 1)
+        options = self.to_load()
         set_model_state_dict(self.model, weights, options=options)
         if not is_stepped:
             return
@@ -231,6 +257,16 @@ class Checkpoints:
             self.optimizer.load_state_dict(state["optimizer"])  # the other way holds a second state meanwhile
         else:
             set_optimizer_state_dict(self.model, self.optimizer, state.get("optimizer", {}), options=options)
+
+    def to_load(self):
+        """How states are brought in: the main process has them, whole."""
+        return StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.accelerator.num_processes > 1)
+
+    def load_best(self):
+        """Brings the weights of the best epoch into what is watched; called by all processes."""
+        is_main = self.accelerator.is_main_process
+        weights = with_heartbeat(self.accelerator, is_main, self.best_weights) or {}
+        set_model_state_dict(self.model, weights, options=self.to_load())
 
     def progress(self):
         """The Progress of the newest checkpoint.
@@ -262,14 +298,14 @@ class Checkpoints:
             if CHECKPOINT.fullmatch(name_of_unfinished(file.name) or ""):
                 remove(file)
 
-    def refuse_another_run(self, constants, may_change, train, valid):
+    def refuse_another_run(self, constants, may_change, datasets):
         """Raises InputError where the newest checkpoint is of another version or of a run with other settings.
 
         The vision encoder, which takes loading to be known, is not asked.
         """
         try:
             saved = self.progress().settings
-            settings = settings_of(constants, may_change, train, valid, saved["vision_encoder"])
+            settings = settings_of(constants, may_change, datasets, saved["vision_encoder"])
             refuse_other_run(self, saved, settings)
         except InputError as error:
             raise InputError(f"{error}{WAY_OUT}") from None
@@ -283,6 +319,10 @@ class Checkpoints:
                 raise InputError(
                     f"{self.output_dir.path} holds a finished model: give another OUTPUT_DIR or --overwrite true"
                 )
+
+
+def text_of(progress):
+    return to_json({"version": VERSION, **asdict(progress)})
 
 
 def read_states(path):
@@ -304,10 +344,15 @@ def digest(dataset):
     return hashlib.sha256("".join(example.key for example in dataset.examples).encode()).hexdigest()[:16]
 
 
-def settings_of(constants, may_change, train, valid, vision_encoder):
-    """What makes a run this run: with any of it changed, a checkpoint can't be gone on from."""
+def settings_of(constants, may_change, datasets, vision_encoder):
+    """What makes a run this run: with any of it changed, a checkpoint can't be gone on from.
+
+    Args:
+        datasets: of training, validation and, if there is one, test.
+    """
     settings = {name.upper(): value for name, value in vars(constants).items() if name.upper() not in may_change}
-    settings.update(TRAIN_FILE=digest(train), VALID_FILE=digest(valid), vision_encoder=vision_encoder)
+    settings |= zip(("TRAIN_FILE", "VALID_FILE", "TEST_FILE"), map(digest, datasets), strict=False)
+    settings["vision_encoder"] = vision_encoder
     in_step = settings.pop("BATCH_SIZE") * settings.pop("GRAD_ACCUM_STEPS")  # however they are cut
     settings["BATCH_SIZE x GRAD_ACCUM_STEPS"] = in_step
     if constants.lr_schedule != "constant":

@@ -1,7 +1,9 @@
 """Reading lines of data: every malformed line is named, with what is wrong with it, before anything else happens."""
 
+import copy
 import hashlib
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 from moondream2.cli import InputError
@@ -62,6 +64,27 @@ def tokenize(lines, tokenizer):
     prompts = token_ids([prompt_text(line.question) for line in lines], tokenizer)
     answers = token_ids([answer_text(line.answers[0]) if line.answers else "" for line in lines], tokenizer)
     return [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def hold_out(dataset):
+    """Takes a tenth of a dataset's pictures out of it, with all their questions: a dataset of their own, to judge by.
+
+    Which ones, their contents decide, whose digests are their keys: the same in any order of the lines, and whatever
+    the files are called.
+
+    Raises:
+        InputError: there is only one picture.
+    """
+    keys = sorted(dataset.pictures)
+    if len(keys) == 1:
+        raise InputError(f"{dataset.path} has one picture, and none to judge by: add others, or give a VALID_FILE")
+    keys = set(keys[: max(1, round(len(keys) / 10))])
+    held = copy.copy(dataset)
+    held.path, held.skipped = Path(f"a tenth of {dataset.path.name}"), []
+    for each, is_held in ((held, True), (dataset, False)):
+        each.examples = [example for example in dataset.examples if (example.picture in keys) is is_held]
+        each.pictures = {key: picture for key, picture in dataset.pictures.items() if (key in keys) is is_held}
+    return held
 
 
 def read_lines(path, end_of_text, is_labelled=True):

@@ -5,7 +5,7 @@ import sys
 from tqdm import tqdm
 
 from moondream2.cli import InputError
-from moondream2.summary import format_left_out
+from moondream2.summary import first, format_left_out
 from moondream2.verdict import sentences
 
 BAD_STEPS = 3  # steps in a row without a finite gradient that end a run
@@ -17,6 +17,15 @@ def skipped(dataset, since=0, most=5):
     if lines:
         print(f"{dataset.path}: {len(lines)} lines skipped, {len(dataset.examples)} left")
         print("\n".join(f"  {source}: {reason}" for source, reason in lines[:most]))
+
+
+def held_out(train, held):
+    """Prints which pictures were taken out of the training data to judge by: how many, and lines of the first."""
+    sources = {}
+    for example in held.examples:
+        sources.setdefault(example.picture, example.source)
+    pictures = f"{len(sources):,} of {len(sources) + len(train.pictures):,} pictures in {train.path}"
+    print(f"No VALID_FILE: {pictures} judge each epoch, with {len(held):,} questions ({first(sources.values())})")
 
 
 def step_size(sampler, batch_size):
@@ -85,6 +94,19 @@ def epoch(record, first, baseline, epochs):
         start = f"before training {first['valid_accuracy']:.1%}, " if record["epoch"] else ""
         parts.append(f"Validation accuracy: {record['valid_accuracy']:.1%} ({start}baseline {baseline:.1%})")
     print(f"{name}: {', '.join(parts)}, {record['seconds']:.0f} s", flush=True)
+
+
+def test(record, first, baseline):
+    """Prints what came of the test file, as `epoch` does of the validation; by itself, for it has no say."""
+    name = f"with epoch {record['epoch']}'s weights" if record["epoch"] else "before training"
+    start = f"before training {first['test_accuracy']:.1%}, " if record["epoch"] else ""
+    scores = f"Test Avg Loss: {decimals(record['test_loss'])}, Test accuracy: {record['test_accuracy']:.1%}"
+    print(f"Test file {name}: {scores} ({start}baseline {baseline:.1%})", flush=True)
+
+
+def scores_of_test(record):
+    """What a tracker is told of the test file."""
+    return {name: record[name] for name in ("test_loss", "test_accuracy") if record[name] is not None}
 
 
 def decimals(number):

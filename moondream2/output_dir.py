@@ -20,6 +20,7 @@ NAMES = (  # all that a run writes
     "checkpoints",
     "training_log.jsonl",
     "predictions.jsonl",
+    "test_predictions.jsonl",
     "report.html",
     "README.md",
     "config.json",
@@ -149,6 +150,11 @@ class OutputDir:
     def write_lines(self, name, records):
         """A JSON object a line."""
         self.write_text(name, "".join(to_json(record) + "\n" for record in records))
+
+    def remove(self, name):
+        """Removes a file that a run has written here."""
+        if name in self.names:
+            (self.path / name).unlink(missing_ok=True)
 
     def holds_model(self):
         """Whether a run has saved its model here."""

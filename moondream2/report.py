@@ -142,16 +142,16 @@ def facts(title, constants, summary, history, kept_epoch, sets, skipped, left_ou
     }
 
 
-def facts_of_run(constants, progress, train, valid, sets, device) -> dict:
+def facts_of_run(constants, progress, train, valid, sets, device, test=None) -> dict:
     """`facts` of a run that has come to its end."""
     return facts(
         title=Path(constants.output_dir).name,
         constants=constants,
-        summary=summarize(train, valid),
+        summary=summarize(train, valid, test),
         history=progress.history,
         kept_epoch=progress.best_epoch,
         sets=sets,
-        skipped=[*train.skipped, *valid.skipped],
+        skipped=[*train.skipped, *valid.skipped, *(test.skipped if test else [])],
         left_out=progress.left_out,
         machine=machine(device, sum(record["seconds"] for record in progress.history)),
     )

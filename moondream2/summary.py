@@ -1,4 +1,4 @@
-"""What is in the training and validation files, and what is wrong with them, before any time is spent on training."""
+"""What is in the data files, and what is wrong with them, before any time is spent on training."""
 
 import io
 import re
@@ -16,28 +16,33 @@ from moondream2.scoring import baseline_accuracy, normalize
 
 FIRST_SOURCES = 3  # that a warning or a reason for leaving lines out names
 TOP_ANSWERS = 10
-SMALLEST_VALIDATION = 20  # examples; below it one answer moves the accuracy by more than 5 points
+SMALLEST_VALIDATION = 20  # examples of a file that judges; below it one answer moves the accuracy by more than 5 points
 LARGEST_SHARE = 0.9  # of one answer; above it a model that never looks at the picture scores as well
 # Special tokens such as <|endoftext|>, a picture's placeholder, and the prompt's words around a question.
 MARKER = re.compile(r"<\|[^|<>]{1,40}\|>|</?(?:image|img|s)>|\[/?INST\]|^Question:|Answer:$")
 LOG_WIDTH = 100  # columns of the table where it goes into a file and no terminal says how wide it is
 
 
-def summarize(train, valid) -> dict:
-    """Facts about both datasets and warnings about them, as plain data that JSON can hold."""
-    files = {"train": summarize_file(train), "valid": summarize_file(valid)}
+def summarize(train, valid, test=None) -> dict:
+    """Facts about the datasets and warnings about them, as plain data that JSON can hold."""
+    datasets = {"train": train, "valid": valid} | ({} if test is None else {"test": test})
+    files = {name: summarize_file(dataset) for name, dataset in datasets.items()}
+    baselines = {"baseline_accuracy": baseline_accuracy(train.examples, valid.examples)}
+    if test is not None:
+        baselines["test_baseline_accuracy"] = baseline_accuracy(train.examples, test.examples)
     return {
         **files,
-        "baseline_accuracy": baseline_accuracy(train.examples, valid.examples),
+        **baselines,
         "warnings": [
-            *leaks(train, valid),
-            *(warning for dataset in (train, valid) for warning in repeats(dataset)),
-            *(warning for dataset in (train, valid) for warning in contradictions(dataset)),
-            *(warning for dataset in (train, valid) for warning in markers(dataset)),
-            *(warning for dataset in (train, valid) for warning in missing(dataset)),
-            *too_small(valid),
+            *leaks(train, valid, "validation"),
+            *(warning for other in (train, valid) if test for warning in leaks(other, test, "the test")),
+            *(warning for dataset in datasets.values() for warning in repeats(dataset)),
+            *(warning for dataset in datasets.values() for warning in contradictions(dataset)),
+            *(warning for dataset in datasets.values() for warning in markers(dataset)),
+            *(warning for dataset in datasets.values() for warning in missing(dataset)),
+            *(warning for name, dataset in datasets.items() if name != "train" for warning in too_small(dataset)),
             *(warning for file in files.values() for warning in one_sided(file)),
-            *remarked(train, valid),
+            *remarked(*datasets.values()),
         ],
     }
 
@@ -104,17 +109,17 @@ def picture_sizes(sizes):
     return {"smallest": sizes[0], "median": sizes[(len(sizes) - 1) // 2], "largest": sizes[-1]}
 
 
-def leaks(train, valid):
-    """Pictures that stand in both files, whatever their names are."""
-    trained = {example.picture for example in train.examples}
+def leaks(known, judge, judgement):
+    """Pictures of the file that judges which stand in one that the model is made by as well, whatever their names."""
+    pictures = {example.picture for example in known.examples}
     shared = {}
-    for example in valid.examples:
-        if example.picture in trained:
+    for example in judge.examples:
+        if example.picture in pictures:
             shared.setdefault(example.picture, example.source)
     if shared:
         how_many = count(shared, "picture stands", "pictures stand")
-        where = f"{train.path.name} and {valid.path.name} ({first(shared.values())})"
-        yield f"{how_many} in both {where}: a leak makes validation mean nothing"
+        where = f"{known.path.name} and {judge.path.name} ({first(shared.values())})"
+        yield f"{how_many} in both {where}: a leak makes {judgement} mean nothing"
 
 
 def repeats(dataset):
@@ -164,11 +169,11 @@ def missing(dataset):
         yield f"{lines} that is not there, of {len(dataset.examples) + len(dataset.skipped):,} in {dataset.path.name}"
 
 
-def too_small(valid):
-    examples = len(valid.examples)
+def too_small(dataset):
+    examples = len(dataset.examples)
     if examples < SMALLEST_VALIDATION:
-        how_many = count(valid.examples, "example", "examples")
-        yield f"{valid.path.name} has only {how_many}: one answer moves the accuracy by {1 / examples:.0%}"
+        how_many = count(dataset.examples, "example", "examples")
+        yield f"{dataset.path.name} has only {how_many}: one answer moves the accuracy by {1 / examples:.0%}"
 
 
 def one_sided(file):
@@ -214,8 +219,8 @@ def one_line(text, width):
 
 
 def format_table(summary: dict) -> str:
-    """What the files say before any picture is decoded: one row a fact, one column a file, then notes on both."""
-    files = [summary["train"], summary["valid"]]
+    """What the files say before any picture is decoded: one row a fact, one column a file, then notes on them."""
+    files = [summary[name] for name in ("train", "valid", "test") if name in summary]
     rows = [(name, [f"{file[name]:,}" for file in files]) for name in ("examples", "pictures", "different_answers")]
     for name in ("questions_per_picture", "prompt_tokens", "answer_tokens"):
         rows.append((name, [f"{file[name]['median']}, at most {file[name]['most']}" for file in files]))
@@ -234,7 +239,9 @@ def format_table(summary: dict) -> str:
         table.add_column(cell(name))
     for name, cells in rows:
         table.add_row(cell(name), *map(cell, cells))
-    baseline = f"{summary['baseline_accuracy']:.1%} accuracy, by always giving a question's most frequent answer"
+    on_test = f" ({summary['test_baseline_accuracy']:.1%} on the test)" if "test" in summary else ""
+    baseline = f"{summary['baseline_accuracy']:.1%} accuracy{on_test}, by always giving"
+    baseline += " a question's most frequent answer"
     return rendered(table, notes([("baseline", baseline), *(("warning", each) for each in summary["warnings"])]))
 
 

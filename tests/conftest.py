@@ -75,6 +75,19 @@ def data(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def test_file(data):
+    """test.jsonl in that folder: 2 other pictures, 5 lines."""
+    lines = []
+    for number, questions in ((11, 2), (12, 3)):
+        draw_picture(data / f"{number}.png", number)
+        lines += [
+            {"image_path": f"{number}.png", "question": f"What is it? ({k})", "answer": f"A box. {number}"}
+            for k in range(questions)
+        ]
+    return write_lines(data / "test.jsonl", lines)
+
+
 @cache
 def small_tokenizer():
     return AutoTokenizer.from_pretrained(TINY)

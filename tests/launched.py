@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import finetune_moondream as script
 from moondream2 import launch as processes
-from moondream2.checkpoints import Interrupted, Stop
+from moondream2.checkpoints import Interrupted, Progress, Stop
 from moondream2.cli import InputError
 
 NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0}
@@ -49,6 +49,17 @@ def in_bfloat16():
     """Notes, and trains as a user's run does."""
     torch.set_num_threads(1)
     noting()
+
+
+def first_is_best():
+    """Trains in float32, and keeps the first epoch whatever its validation loss is."""
+    in_float32()
+    Progress.is_best = lambda progress, loss: progress.epoch == 1
+
+
+def sharded_and_first_is_best():
+    first_is_best()
+    shard()
 
 
 def in_float32():

@@ -2,10 +2,10 @@
 
     python -m tests.make_scenes
 
-writes `train.jsonl`, `valid.jsonl` and `images/` into the project root, the same bytes every time with
-the same version of Pillow. The facts of a picture are drawn first (`make_scene`), then rendered (`render`)
-and asked about (`questions`), so every answer is true. The sample data uses seeds below 10_000; a program
-that wants other pictures takes seeds from 1_000_000 up.
+writes `train.jsonl`, `valid.jsonl` and `images/` into the project root, and `test.jsonl` with its own `images/` into
+`tests/`, the same bytes every time with the same version of Pillow. The facts of a picture are drawn first
+(`make_scene`), then rendered (`render`) and asked about (`questions`), so every answer is true. The sample data uses
+seeds below 10_000; a program that wants other pictures takes seeds from 1_000_000 up.
 """
 
 import json
@@ -18,7 +18,8 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS = {"train": range(1, 65), "valid": range(3000, 3024)}
+SEEDS = {"train": range(1, 65), "valid": range(3000, 3024), "test": range(6000, 6012)}
+FOLDERS = {"train": ROOT, "valid": ROOT, "test": ROOT / "tests"}
 
 # The facts go round these lists as the seed grows. The lengths 7, 3, 5 and 8 share no factor, so any run of
 # seeds holds nearly the same number of each value and of each pair of values.
@@ -363,12 +364,13 @@ def render(scene: Scene) -> Image.Image:
 
 
 def main():
-    (ROOT / "images").mkdir(exist_ok=True)
     for split, seeds in SEEDS.items():
-        with (ROOT / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
+        folder = FOLDERS[split]
+        (folder / "images").mkdir(exist_ok=True)
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
             for number, seed in enumerate(seeds, 1):
                 scene, path = make_scene(seed), f"images/{split}_{number:03}.jpg"
-                render(scene).save(ROOT / path, quality=80)
+                render(scene).save(folder / path, quality=80)
                 for question, answer in questions(scene):
                     line = {"image_path": path, "question": question, "answer": answer}
                     lines.write(json.dumps(line, ensure_ascii=False) + "\n")

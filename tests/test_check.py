@@ -1,6 +1,7 @@
 """The look before a run: it says what the run says, what it will take, and ends as the run would, touching nothing."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -16,6 +17,8 @@ from tests.conftest import TINY, dataset, write_lines
 
 @pytest.fixture
 def flags(data):
+    for picture in data.glob("*.png"):
+        os.utime(picture, (1e9, 1e9))  # one that was just written is looked at again
     return {
         "model_id": TINY,
         "train_file": data / "train.jsonl",
@@ -59,6 +62,25 @@ def test_it_prints_what_the_run_prints_before_it_trains(flags, run_check, run_ma
     until = ran.index(next(line for line in ran if line.startswith("An optimizer step takes")))
     shared = [line for line in ran[1 : until + 1] if not line.startswith("Encoding")]  # the first is the device's
     assert told[: len(shared)] == shared and "answer empty" in "\n".join(shared)
+
+
+def test_it_looks_at_a_test_file_and_says_what_judges_without_a_valid_file(
+    flags, run_check, test_file, run_main, monkeypatch, capsys
+):
+    flags |= {"test_file": test_file, "valid_file": "none", "epochs": 1}
+    monkeypatch.setattr(check, "GB", 1)
+    told = run_check(**flags)
+    (features,) = [line for line in told if line.startswith(f"On the disk: up to {10 * 81 * 192 * 2:,}.0 GB in ")]
+    assert str(flags["features_dir"]) in features
+    assert any(line.startswith("No VALID_FILE: 1 of 8 pictures") for line in told)
+    assert "a tenth of train.jsonl" in "\n".join(told) and "test.jsonl" in "\n".join(told)
+    run_main(**flags)
+    ran = capsys.readouterr().out.splitlines()
+    until = told.index(next(line for line in told if line.startswith("Trainable parameters")))
+    assert told[:until] == ran[1 : until + 1]
+    test_file.write_text("")
+    with pytest.raises(InputError, match="test.jsonl has no example that can be used"):
+        run_check(**flags | {"overwrite": "true"})
 
 
 def test_its_positions_are_those_of_the_run(flags, run_check, run_main, monkeypatch):
@@ -174,6 +196,8 @@ def test_a_run_that_would_go_on_is_told_and_one_of_other_settings_refused(flags,
     assert f"It would go on from {checkpoint}" in run_check(**flags)
     with pytest.raises(InputError, match="is of a run with other settings .SEED was 0, is 1") as error:
         run_check(**flags | {"seed": 1})
+    with pytest.raises(InputError, match="TEST_FILE was None, is "):
+        run_check(**flags | {"test_file": flags["valid_file"]})
     with pytest.raises(InputError) as other:
         run_main(**flags | {"seed": 1})
     assert str(error.value) == str(other.value)

@@ -57,7 +57,8 @@ def log_of(folder):
 def assert_same_result(folder, expected):
     assert log_of(folder) == log_of(expected)
     assert (folder / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    assert (folder / "predictions.jsonl").read_text() == (expected / "predictions.jsonl").read_text()
+    names = ["predictions.jsonl", *(path.name for path in expected.glob("test_predictions.jsonl"))]
+    assert [(folder / name).read_text() for name in names] == [(expected / name).read_text() for name in names]
     assert not (folder / "checkpoints").exists()
 
 
@@ -115,8 +116,9 @@ def test_json_has_no_number_that_json_lacks():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_killed_anywhere_it_goes_on_to_the_same_bits(flags, tmp_path):
-    """kill -9 at seeded random moments, in training, validation, checkpoints and the final save."""
+def test_killed_anywhere_it_goes_on_to_the_same_bits(flags, test_file, tmp_path):
+    """kill -9 at seeded random moments, in training, validation, checkpoints, the test and the final save."""
+    flags["test_file"] = test_file
     assert Child({**flags, "output_dir": tmp_path / "first", "epochs": 1}, tmp_path / "first.txt").wait() == 0
     started = time.monotonic()
     assert Child({**flags, "output_dir": tmp_path / "whole"}, tmp_path / "whole.txt").wait() == 0
@@ -166,7 +168,8 @@ class StopAt(Stop):
         return due
 
 
-def test_stopped_anywhere_it_goes_on_to_the_same_bits(flags, run_main, tmp_path, monkeypatch, capsys):
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(flags, test_file, run_main, tmp_path, monkeypatch, capsys):
+    flags["test_file"] = test_file
     run_main(**{**flags, "output_dir": tmp_path / "whole"})
     monkeypatch.setattr(script, "Stop", StopAt)
     StopAt.n, stops = 2, 0

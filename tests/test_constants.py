@@ -26,6 +26,7 @@ TABLE = {
     "REVISION": ("other", lambda run: {words["revision"] for _, words in run.loaded} == {"other"}),
     "TRAIN_FILE": ("other_train.jsonl", lambda run: run.read[0] == Path("other_train.jsonl")),
     "VALID_FILE": ("other_valid.jsonl", lambda run: run.read[1] == Path("other_valid.jsonl")),
+    "TEST_FILE": ("other_test.jsonl", lambda run: run.read[2:] == [Path("other_test.jsonl")]),
     "OUTPUT_DIR": ("other_out", lambda run: run.made >= {"other_out/model.safetensors", "other_out/report.html"}),
     "EPOCHS": (2, lambda run: [record["epoch"] for record in run.log] == [0, 1, 2]),
     "BATCH_SIZE": (3, lambda run: len(run.steps[0].sources) == 3 * len(run.steps[0].batches) and run.judged == 4 * 3),
@@ -74,7 +75,7 @@ def folder(tmp_path_factory):
     (folder / "vikhyatk").mkdir()
     for name in (script.MODEL_ID, "other_model"):
         (folder / name).symlink_to(TINY)
-    lines = {"train": [], "valid": []}
+    lines = {"train": [], "valid": [], "test": [{"image_path": "0.png", "question": "What is it?", "answer": "It"}]}
     for number in range(9):
         draw_picture(folder / f"{number}.png", number)
         os.utime(folder / f"{number}.png", (1e9, 1e9))
@@ -105,7 +106,7 @@ def run_in(folder, *flags):
         patch.setattr(script, "train_epoch", lambda *args: None)
         losses = iter([3.0, 2.0, *(2.5 + i for i in range(20))])  # the first epoch is the best
         patch.setattr(script, "evaluate", lambda *args: (next(losses), {}))
-        begin(patch, *flags, "--output_dir", f"patient_{output.name}", "--epochs", "9")
+        begin(patch, *flags, "--output_dir", f"patient_{output.name}", "--epochs", "9", "--test_file", "none")
         run.epochs_without_a_better_one = (
             lines_of(folder / f"patient_{output.name}/training_log.jsonl")[-1]["epoch"] - 1
         )

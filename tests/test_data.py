@@ -1,7 +1,9 @@
 """Reading data: what is an example, what is left out and said, what ends the run."""
 
+import hashlib
 import json
 import os
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ from PIL import Image
 
 import finetune_moondream as script
 from moondream2.cli import InputError
+from moondream2.data import hold_out
 from moondream2.pictures import KnownPictures, shown
 from tests.conftest import dataset, draw_picture, write_lines
 
@@ -220,12 +223,101 @@ def test_bytes_that_are_not_utf8_are_named(folder):
         read(folder, b'{"image_path": "\xff\xfe"}')
 
 
+def files(train, valid, test=None):
+    """The constants that `read_data` takes."""
+    return SimpleNamespace(train_file=train, valid_file=valid, test_file=test, features_dir=None)
+
+
 def test_malformed_lines_are_named_before_any_picture_is_looked_at(folder, tokenizer, monkeypatch):
     monkeypatch.setattr(KnownPictures, "look_at", lambda *args: pytest.fail("pictures are looked at"))
     train, valid = write_lines(folder / "train.jsonl", [LINE]), folder / "valid.jsonl"
     valid.write_text("{")
     with pytest.raises(InputError, match="1 malformed lines in .*valid.jsonl"):
-        script.read_data(SimpleNamespace(train_file=train, valid_file=valid, features_dir=None), tokenizer, 1000, None)
+        script.read_data(files(train, valid), tokenizer, 1000, None)
+    valid.write_text(train.read_text())
+    (folder / "test.jsonl").write_text("{")
+    with pytest.raises(InputError, match="1 malformed lines in .*test.jsonl"):
+        script.read_data(files(train, valid, folder / "test.jsonl"), tokenizer, 1000, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One file only
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lines_on(folder, pictures, questions=3):
+    """Lines on so many pictures, a few questions each."""
+    for number in range(pictures):
+        draw_picture(folder / f"{number}.png", number)
+    names = [f"{number}.png" for number in range(pictures)]
+    return [{"image_path": name, "question": f"Q{i}?", "answer": "A"} for name in names for i in range(questions)]
+
+
+def names_in(*datasets):
+    return [sorted({example.image_path for example in data.examples}) for data in datasets]
+
+
+@pytest.mark.parametrize(("pictures", "expected"), [(2, 1), (14, 1), (16, 2), (40, 4)])
+def test_a_tenth_of_the_pictures_is_held_out_with_all_their_questions(folder, pictures, expected):
+    """Those whose file has the smallest digest, whatever the order of the lines."""
+    lines = lines_on(folder, pictures)
+    contents = {line["image_path"]: (folder / line["image_path"]).read_bytes() for line in lines}
+    by_digest = sorted(contents, key=lambda name: hashlib.sha256(contents[name]).digest())
+    for seed in (None, 1, 2):
+        if seed:
+            random.Random(seed).shuffle(lines)
+        train = dataset(write_lines(folder / "train.jsonl", lines))
+        held = hold_out(train)
+        assert names_in(held, train) == [sorted(by_digest[:expected]), sorted(by_digest[expected:])]
+        assert (len(held), len(train)) == (3 * expected, 3 * (pictures - expected))
+        for each in (held, train):
+            assert each.pictures.keys() == {example.picture for example in each.examples}
+            order = [int(example.source.split(":")[-1]) for example in each.examples]
+            assert order == sorted(order)
+
+
+def test_files_of_one_content_are_on_one_side(folder):
+    """Each picture lies there twice, under two names."""
+    lines = lines_on(folder, 12)
+    for line in list(lines):
+        copied = f"copy_of_{line['image_path']}"
+        (folder / copied).write_bytes((folder / line["image_path"]).read_bytes())
+        lines.append({**line, "image_path": copied})
+    train = dataset(write_lines(folder / "train.jsonl", lines))
+    held = hold_out(train)
+    (name, copied), others = names_in(held, train)
+    assert copied == f"copy_of_{name}" and len(others) == 22
+
+
+def test_pictures_that_no_line_can_use_are_not_held_out(folder):
+    """They would leave nothing to judge by. What is skipped stays told of the file, once."""
+    lines = lines_on(folder, 6)
+    first = min(range(6), key=lambda number: hashlib.sha256((folder / f"{number}.png").read_bytes()).digest())
+    lines = [{**line, "answer": ""} if line["image_path"] == f"{first}.png" else line for line in lines]
+    train = dataset(write_lines(folder / "train.jsonl", lines))
+    held = hold_out(train)
+    assert len(held) == 3 and len(train) == 12 and f"{first}.png" not in sum(names_in(held, train), [])
+    held.leave_out({"another": "reason"})
+    assert (len(train.skipped), held.skipped) == (3, [])
+
+
+def test_one_picture_can_not_be_divided(folder):
+    train = dataset(write_lines(folder / "train.jsonl", [LINE, {**LINE, "question": "Why?"}]))
+    said = "train.jsonl has one picture, and none to judge by: add others, or give a VALID_FILE"
+    with pytest.raises(InputError, match=said):
+        hold_out(train)
+
+
+def test_without_a_valid_file_a_run_says_which_pictures_judge_it(folder, tokenizer, capsys):
+    path = write_lines(folder / "train.jsonl", lines_on(folder, 40))
+    train, valid = script.read_data(files(path, None), tokenizer, 1000, SimpleNamespace(check_alone=lambda: None))
+    out = capsys.readouterr().out
+    first = list(dict.fromkeys(example.picture for example in valid))[:3]
+    sources = [next(example.source for example in valid if example.picture == key) for key in first]
+    told = f"No VALID_FILE: 4 of 40 pictures in {path} judge each epoch, with 12 questions ({', '.join(sources)}, …)"
+    assert told in out.splitlines() and len(train.pictures) == 36
+    assert [line.split() for line in out.splitlines() if line.startswith("pictures ")] == [["pictures", "36", "4"]]
+    assert "train.jsonl" in out and "a tenth of train.jsonl" in out
 
 
 def test_the_first_ten_malformed_lines_are_named(folder):
@@ -265,12 +357,13 @@ def test_an_example_too_long_is_skipped(folder, tokenizer):
 
 def test_the_sample_data_is_whole():
     root = Path(__file__).parent.parent
-    train, valid = dataset(root / "train.jsonl"), dataset(root / "valid.jsonl")
+    train, valid, test = (dataset(root / name) for name in ("train.jsonl", "valid.jsonl", "tests/test.jsonl"))
     assert len(train) >= 240 and len(train.pictures) >= 60
     assert len(valid) >= 80 and len(valid.pictures) >= 20
-    assert not train.skipped and not valid.skipped
-    assert not train.pictures.keys() & valid.pictures.keys()
-    sizes = [max(p.size) for p in (*train.pictures.values(), *valid.pictures.values())]
+    assert len(test) == 48 and len(test.pictures) == 12
+    assert not train.skipped and not valid.skipped and not test.skipped
+    pictures = [*train.pictures.values(), *valid.pictures.values(), *test.pictures.values()]
+    assert len({p.key for p in pictures}) == len(pictures)
+    sizes = [max(p.size) for p in pictures]
     assert min(sizes) < 512 <= max(sizes)
-    files = {p.path for p in (*train.pictures.values(), *valid.pictures.values())}
-    assert sum(file.stat().st_size for file in files) < 4 * 2**20
+    assert sum(path.stat().st_size for path in {p.path for p in pictures}) < 4 * 2**20

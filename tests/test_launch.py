@@ -26,6 +26,7 @@ from tests.launched import (
     agreeing,
     failing,
     fetching,
+    first_is_best,
     first_step_is_lost,
     impatient,
     in_bfloat16,
@@ -33,6 +34,7 @@ from tests.launched import (
     reading_for_long,
     reading_in_vain,
     sharded,
+    sharded_and_first_is_best,
     sharded_and_stopped_before_it_is_applied,
     sharded_in_bfloat16,
     stopped_before_it_is_applied,
@@ -64,7 +66,7 @@ def trained(processes, flags, folder, setup=in_float32, **changes):
 
 
 def environment(setup):
-    return variables_of(ROOT / "moondream2" / "fsdp.yaml") if setup in (sharded, sharded_in_bfloat16) else {}
+    return variables_of(ROOT / "moondream2" / "fsdp.yaml") if setup.__name__.startswith("sharded") else {}
 
 
 def notes(folder, processes):
@@ -104,9 +106,9 @@ def assert_same_training(one, several, folder_one, folder_several):
     assert_same_log(folder_several, folder_one)
 
 
-def answers_of(folder):
-    lines = [json.loads(line) for line in (folder / "out" / "predictions.jsonl").read_text().splitlines()]
-    return [(line["question"], line["before"], line["after"]) for line in lines]
+def answers_of(folder, name="predictions.jsonl"):
+    lines = [json.loads(line) for line in (folder / "out" / name).read_text().splitlines()]
+    return [(line["source"].split(":")[-1], line["question"], line["before"], line["after"]) for line in lines]
 
 
 def assert_same_log(folder, expected):
@@ -149,6 +151,24 @@ def test_processes_train_as_one(flags, reference, tmp_path, processes, batch_siz
     assert_same_training(one, several, folder, tmp_path)
     assert sum(each["encoded"] for each in several) == one["encoded"] == 11
     assert answers_of(tmp_path) == answers_of(folder)
+
+
+@pytest.mark.parametrize("setup", [first_is_best, sharded_and_first_is_best], ids=["whole", "sharded"])
+def test_several_answer_the_test_file_as_one_does_with_the_weights_that_are_saved(
+    flags, reference, test_file, tmp_path, setup
+):
+    """Each question once. Of two epochs the first is kept here, so that it is to answer: one process trains only it."""
+    flags["test_file"] = test_file
+    folder, _ = reference(flags, 4, epochs=1)
+    trained(2, flags, tmp_path, setup)
+    assert answers_of(tmp_path, "test_predictions.jsonl") == answers_of(folder, "test_predictions.jsonl")
+    one, several = log_of(folder), log_of(tmp_path)
+    for epoch in (0, 1):
+        assert several[epoch]["test_loss"] == pytest.approx(one[epoch]["test_loss"], rel=1e-5)
+        assert several[epoch]["test_accuracy"] == one[epoch]["test_accuracy"]
+    assert "test_loss" not in several[2] and several[2]["valid_loss"] != pytest.approx(one[1]["valid_loss"], rel=1e-3)
+    weights, expected = (load_file(each / "out" / "model.safetensors") for each in (tmp_path, folder))
+    assert all(difference(name, weights[name], tensor) <= 1e-5 for name, tensor in expected.items())
 
 
 def test_one_process_speaks_and_all_finish(flags, tmp_path):

@@ -232,6 +232,15 @@ def test_a_file_is_the_runs_from_before_it_is_written(folder, monkeypatch):
         pass
 
 
+def test_a_run_removes_its_own_file_and_no_users(folder):
+    with folder.held("hub/model"):
+        (folder.path / "mine.jsonl").write_text("mine")
+        folder.write_lines("test_predictions.jsonl", [])
+        for name in ("mine.jsonl", "test_predictions.jsonl", "test_predictions.jsonl"):
+            folder.remove(name)
+    assert {path.name for path in folder.path.iterdir()} == {"mine.jsonl", LOCK, MARKER}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # By the script
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,6 +248,7 @@ def test_a_file_is_the_runs_from_before_it_is_written(folder, monkeypatch):
 
 def test_the_script_writes_these_names_and_leaves_the_users(data, run_main, tmp_path):
     flags = {"model_id": TINY, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl", "epochs": 1}
+    flags["test_file"] = data / "valid.jsonl"
     flags |= {"features_dir": data / "features", "output_dir": data / "out", "batch_size": 4}
     run_main(**flags)
     written = {path.name for path in (data / "out").iterdir()}

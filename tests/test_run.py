@@ -29,8 +29,9 @@ def sample(tmp_path_factory):
     """OUTPUT_DIR of the README's first command, and what it printed."""
     folder = tmp_path_factory.mktemp("sample")
     command = [sys.executable, "finetune_moondream.py", "--model_id", "tests/tiny_moondream2"]
+    command += ["--test_file", "tests/test.jsonl", "--tracker", "tensorboard"]
     command += ["--output_dir", str(folder / "out"), "--features_dir", str(folder / "features")]
-    done = subprocess.run([*command, "--tracker", "tensorboard"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "out", done.stdout
 
@@ -52,20 +53,21 @@ def test_what_it_prints(sample):
         start += f"Validation Avg Loss: {record['valid_loss']:.4f}, "
         start += f"Validation accuracy: {record['valid_accuracy']:.1%} (before training 0.0%, baseline 31.2%), "
         assert any(line.startswith(start) for line in lines)
-    best = next(i for i, line in enumerate(lines) if line.startswith("Best epoch: "))
-    answers = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    assert lines[best + 1 : best + 4] == sentences(answers) and lines[best + 1].startswith(
-        "Training raised accuracy by "
-    )
-    assert "baseline:  31.2% accuracy" in out and "Encoding 88 pictures" in out
+    best, expected = next(i for i, line in enumerate(lines) if line.startswith("Best epoch: ")), []
+    for name, file in (("Validation", "predictions.jsonl"), ("Test", "test_predictions.jsonl")):
+        answers = [json.loads(line) for line in (folder / file).read_text().splitlines()]
+        expected += [f"{name}: {sentence}" for sentence in sentences(answers)]
+    assert lines[best + 1 : best + 7] == expected and ": Training raised accuracy by " in expected[0]
+    assert "baseline:  31.2% accuracy" in out and "Encoding 100 pictures" in out
 
 
 def test_the_log_has_an_object_an_epoch(sample):
     records = history(sample[0])
     assert [record["epoch"] for record in records] == [0, 1, 2, 3, 4, 5]
     assert records[0]["train_loss"] is None
+    best = min(records[1:], key=lambda record: record["valid_loss"])
     for record in records[1:]:
-        assert record.keys() == {
+        assert record.keys() == ({"test_loss", "test_accuracy"} if record is best else set()) | {
             "epoch",
             "train_loss",
             "valid_loss",
@@ -114,6 +116,19 @@ def test_predictions_are_the_kept_epochs(sample):
     assert sum(line["before_correct"] for line in lines) / 96 == records[0]["valid_accuracy"]
     for line in lines:
         assert line["after_correct"] == is_correct(line["after"], tuple(line["answers"]))
+
+
+def test_the_test_files_answers_are_the_saved_models_and_it_learned_to_see_those_pictures_too(sample):
+    lines = [json.loads(line) for line in (sample[0] / "test_predictions.jsonl").read_text().splitlines()]
+    first, *records = history(sample[0])
+    best = min(records, key=lambda record: record["valid_loss"])
+    assert len(lines) == 48 and len({line["file"] for line in lines}) == 12
+    for when, record in (("before", first), ("after", best)):
+        assert sum(line[f"{when}_correct"] for line in lines) / 48 == record["test_accuracy"]
+    train, test = dataset(ROOT / "train.jsonl"), dataset(ROOT / "tests" / "test.jsonl")
+    baseline = baseline_accuracy(train.examples, test.examples)
+    assert f"baseline:  31.2% accuracy ({baseline:.1%} on the test), by" in sample[1]
+    assert best["test_accuracy"] > baseline + 0.20
 
 
 def test_the_cards_lines_load_the_model_and_ask_it(sample):

@@ -35,9 +35,9 @@ def plenty(letter, lines=40):
     return [(f"{letter}{i // 2}", f"Question {i % 2}?", f"answer {i % 10}") for i in range(lines)]
 
 
-def warnings(train=None, valid=None):
+def warnings(train=None, valid=None, test=None):
     train, valid = dataset("train.jsonl", train or plenty("t")), dataset("valid.jsonl", valid or plenty("v"))
-    return summarize(train, valid)["warnings"]
+    return summarize(train, valid, test and dataset("test.jsonl", test))["warnings"]
 
 
 TRAIN = dataset(
@@ -100,6 +100,21 @@ def test_warning_of_a_leak_goes_by_content():
     (warning,) = warnings(valid=[(f"t{i}", "Another question?", f"{i}") for i in range(5)] + plenty("v"))
     assert warning.startswith("5 pictures stand in both train.jsonl and valid.jsonl (valid.jsonl:1, valid.jsonl:2, ")
     assert "valid.jsonl:3, …)" in warning
+
+
+def test_warning_of_a_leak_into_the_test():
+    """From both other files; and all else that is warned of is, in a test file too."""
+    assert warnings(test=plenty("p")) == []
+    shared = [("t3", "Another question?", "other"), ("v0", "What?", "that"), ("v1", "What?", "this")]
+    assert warnings(test=[*shared, *plenty("p")]) == [
+        "1 picture stands in both train.jsonl and test.jsonl (test.jsonl:1): a leak makes the test mean nothing",
+        "2 pictures stand in both valid.jsonl and test.jsonl (test.jsonl:2, test.jsonl:3): a leak makes the test mean "
+        "nothing",
+    ]
+    assert warnings(test=plenty("p", 8) + plenty("p", 1)) == [
+        "1 example repeats an earlier one word for word (test.jsonl:9)",
+        "test.jsonl has only 9 examples: one answer moves the accuracy by 11%",
+    ]
 
 
 def test_warning_of_repeated_examples():
@@ -233,6 +248,22 @@ def test_table():
         "warning:   5 lines name a picture that is not there, of 11 in train.jsonl",
         "warning:   valid.jsonl has only 10 examples: one answer moves the accuracy by 10%",
     ]
+
+
+def test_a_test_file_has_its_column_and_its_baseline():
+    train = dataset("train.jsonl", [*plenty("t"), ("t99", "What?", "that"), ("t99", "Why?", "so")])
+    test = dataset("test.jsonl", [("p", "What?", "that"), ("p", "Why?", "no"), ("q", "Why?", "so"), ("q", "?", "x")])
+    found = summarize(train, dataset("valid.jsonl", plenty("v")), test)
+    assert found["test"]["examples"] == 4 and found["test_baseline_accuracy"] == 0.5
+    lines = format_table(found).splitlines()
+    assert [line.split()[-3:] for line in lines[:3]] == [
+        ["train.jsonl", "valid.jsonl", "test.jsonl"],
+        ["42", "40", "4"],
+        ["21", "20", "2"],
+    ]
+    baseline = f"{found['baseline_accuracy']:.1%} accuracy (50.0% on the test), by always giving a question's most"
+    assert f"baseline:  {baseline}" in lines[-4] + lines[-3] + lines[-2]
+    assert "test" not in summarize(train, train)
 
 
 def test_files_are_named_by_their_names_or_where_these_are_the_same_by_their_paths():

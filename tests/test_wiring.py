@@ -139,20 +139,21 @@ def test_every_number_of_a_run_is_that_of_a_plain_loop(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_both_files_are_read_once(flags, run_main, monkeypatch):
+def test_each_file_is_read_once(flags, run_main, test_file, monkeypatch):
     read, read_lines = [], script.read_lines
     monkeypatch.setattr(script, "read_lines", lambda path, *more: (read.append(path), read_lines(path, *more))[1])
-    run_main(**flags)
-    assert read == [flags["train_file"], flags["valid_file"]]
+    run_main(**flags, test_file=test_file)
+    assert read == [flags["train_file"], flags["valid_file"], test_file]
 
 
-def test_answers_may_be_as_long_as_the_data_s(flags, run_main, data):
-    """Of either file; and so of the saved model."""
-    lines = [json.loads(line) for line in (data / "valid.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_answers_may_be_as_long_as_the_data_s(flags, run_main, data, test_file, split):
+    """Of each file; and so of the saved model."""
+    lines = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
     lines[0]["answer"] = "word " * 100
-    write_lines(data / "valid.jsonl", lines)
-    run_main(**flags)
-    longest = max(len(example.answer_ids) for example in dataset(data / "valid.jsonl"))
+    write_lines(data / f"{split}.jsonl", lines)
+    run_main(**flags, test_file=test_file)
+    longest = max(len(example.answer_ids) for example in dataset(data / f"{split}.jsonl"))
     saved = json.loads((flags["output_dir"] / "generation_config.json").read_text())
     assert saved["max_new_tokens"] == longest * 5 // 4 > 64
 
@@ -167,7 +168,7 @@ def test_a_rows_prefix_is_that_of_the_model(flags, run_main, monkeypatch):
     for name in ("StepSampler", "whole_rows"):
         monkeypatch.setattr(script, name, noting(getattr(script, name)))
     run_main(**flags)
-    assert prefixes == [82, 82]
+    assert prefixes == [82, 82, 82]  # an epoch, and two looks at the validation questions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
