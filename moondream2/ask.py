@@ -1,7 +1,8 @@
-"""Asks a saved model about a picture, or scores it on a whole file of questions, without training.
+"""Asks a saved model about a picture, or scores it on a whole file of questions, alone or against another model.
 
 python -m moondream2.ask moondream_crosswalks_finetuned images/valid_001.jpg "Is there a crossing?" "Is a car waiting?"
 python -m moondream2.ask moondream_crosswalks_finetuned valid.jsonl
+python -m moondream2.ask second_round valid.jsonl --against moondream_crosswalks_finetuned
 """
 
 import argparse
@@ -9,25 +10,26 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
 import transformers
 from accelerate import Accelerator
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moondream2 import cli, log
 from moondream2.cli import InputError
 from moondream2.data import Example, read_lines, tokenize
 from moondream2.evaluation import evaluate
-from moondream2.features import FeatureStore
+from moondream2.features import FeatureStore, chunks_with, encode_pictures
 from moondream2.files import write_text
 from moondream2.loading import checked_loading
 from moondream2.pictures import KnownPictures, PictureError, examine, find_pictures, look, read_ahead, set_up_pillow
 from moondream2.report import facts, machine, means_of, predictions, write_report
 from moondream2.rows import lay_out, whole_rows
 from moondream2.scoring import METRICS
+from moondream2.verdict import sureness
 
 
 def load(folder):
@@ -44,15 +46,21 @@ def load(folder):
 
 
 def ask(model, tokenizer, path, questions):
-    """Prints the answers to questions about one picture, and on stderr what is to be said of it."""
+    """Prints the answers to questions about one picture, and on stderr what is to be said of it and how sure they are.
+
+    So what a program reads is the answers alone.
+    """
     try:
         pixels, remarks = examine(look(Path(path)), model.vision_encoder.preprocess)
     except PictureError as error:
         raise InputError(f"cannot use the picture {path}: {error}") from None
     for remark in remarks:
         print(f"warning: {remark}: {path}", file=sys.stderr)
-    for answer in model.answer_questions(model.encode_image([pixels]), [questions], tokenizer)[0]:
-        print(answer)
+    embeds = model.encode_image([pixels])
+    for answer in model.answer_questions(embeds, [questions], tokenizer, return_probabilities=True)[0]:
+        print(answer.text, flush=True)
+        cut = ", of what there is: it was cut off" if answer.is_cut else ""
+        print(f"  {sureness(answer.probability)} sure{cut}", file=sys.stderr, flush=True)
 
 
 def read_questions(path, tokenizer, max_text_tokens):
@@ -79,49 +87,111 @@ def read_questions(path, tokenizer, max_text_tokens):
     return data
 
 
-def score(model, tokenizer, path, batch_size, output_dir, title):
-    """Answers a file of questions and scores those that have an answer; writes the answers and a report to a folder."""
+def answers_of(model, tokenizer, data, batch_size, features_dir=None):
+    """What a model makes of a file's examples.
+
+    Args:
+        features_dir: where the pictures' features are kept for the next model; None keeps none.
+    Returns:
+        Avg Loss of those that have an answer, None without any; {key: Answer} of all; (source, reason) of those whose
+        picture can't be decoded.
+    """
     prefix, most = 1 + model.config.image_tokens, model.config.text_config.max_position_embeddings
-    data = read_questions(path, tokenizer, most - prefix)
-    log.skipped(data)
-    store, bos = FeatureStore(None, model), tokenizer.bos_token_id
+    store, bos = FeatureStore(features_dir, model), tokenizer.bos_token_id
+    if features_dir:
+        encode_once(list(data.pictures.values()), model.vision_encoder, store)
     read = partial(lay_out, pictures=data.pictures, store=store, bos=bos, image_tokens=model.config.image_tokens)
+    told = SimpleNamespace(left_out=[], tokens=0)
 
     def asked(examples):
         """Avg Loss and {key: Answer} of these examples."""
         rows = whole_rows(examples, prefix, 4 * batch_size, most - prefix)
-        batches = tqdm(read_ahead(read, rows), "Asking", len(rows), unit=" batches", leave=False)
+        batches = log.shown(read_ahead(read, rows), "Asking", len(rows), 0, told, is_shown=True)
         return evaluate(model, tokenizer, batches, {example.key for example in examples})
 
     scored = [example for example in data.examples if example.answers]
     others = [example for example in data.examples if not example.answers]
-    answers, history = asked(others)[1] if others else {}, []
-    if others:
-        print(f"{len(others)} questions have no answer to compare with")
-    if scored:
-        loss, given = asked(scored)
-        answers |= given
-    lines = predictions(data, before={}, after=answers)
-    if scored:
-        scores = {name: score for name, (_, score) in means_of(lines).items()}
-        told = ", ".join(f"{METRICS[name].name}: {score:.1%}" for name, score in scores.items())
-        print(f"{len(scored)} questions: Avg Loss: {loss:.4f}, {told}")
-        history = [{"epoch": 0, "valid_loss": loss, "valid_accuracy": scores["correct"], "seconds": 0.0}]
+    answers = asked(others)[1] if others else {}
+    loss, given = asked(scored) if scored else (None, {})
+    return loss, answers | given, told.left_out
+
+
+def encode_once(pictures, vision_encoder, store):
+    """Encodes the pictures for all models that have this encoder, as have those that were fine-tuned from one."""
+    missing = [picture for picture in pictures if picture.key not in store]
+    if missing and store.has_room(len(missing), show=False):
+        encode_pictures(chunks_with(missing, pictures), vision_encoder, store)
+
+
+def score(models, names, path, batch_size, output_dir):
+    """Answers a file of questions and scores those that have an answer; writes the answers and a report to a folder.
+
+    Args:
+        models: gives (model, tokenizer) of one model or of two, each loaded when it is its turn. Of two the second is
+            compared with the first, whose answers stand where those before training would.
+        names: of the models.
+    """
+    data, results = None, []
+    with TemporaryDirectory() as folder:
+        for model, tokenizer in models:
+            if data is None:
+                most = model.config.text_config.max_position_embeddings - 1 - model.config.image_tokens
+                data = read_questions(path, tokenizer, most)
+                log.skipped(data)
+            results.append(answers_of(model, tokenizer, data, batch_size, folder if len(names) > 1 else None))
+            told = machine(model.device, 0.0)
+            del model, tokenizer  # before the next are loaded
+    before, (loss, after, left_out) = results[0][1] if len(results) > 1 else {}, results[-1]
+    lines = predictions(data, before, after)
+    sets, compared = [{"name": path.name, "predictions": lines}], None
+    if len(names) > 1:
+        compared = dict(zip(("before", "after"), names, strict=True))
+    print_scores(lines, names, [each_loss for each_loss, _, _ in results])
+    log.verdict(sets, compared)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "predictions.jsonl", "".join(json.dumps(each) + "\n" for each in lines))
+    title = f"{' and '.join(names)} on {path.name}"
     page = facts(
         title=title,
         constants=SimpleNamespace(model_id=title, revision=None, batch_size=batch_size),
         summary=None,
-        history=history,
+        history=[{"epoch": 0, "valid_loss": loss, "valid_accuracy": means_of(lines)["correct"][1], "seconds": 0.0}],
         kept_epoch=None,
-        sets=[{"name": path.name, "predictions": lines}],
+        sets=sets,
         skipped=data.skipped,
-        left_out=[],
-        machine=machine(model.device, 0.0),
+        left_out=left_out,
+        machine=told,
+        names=compared,
     )
     write_report(output_dir / "report.html", page)
     print(f"Answers and report in {output_dir}")
+
+
+def print_scores(lines, names, losses):
+    """Prints each model's Avg Loss and metrics, where there are questions that have an answer."""
+    scored = [each for each in lines if each["answers"]]
+    if len(scored) < len(lines):
+        print(f"{len(lines) - len(scored)} questions have no answer to compare with")
+    for i, (name, loss) in enumerate(
+        zip(names, losses, strict=True), start=-len(names)
+    ):  # the last stands under "after"
+        if scored:
+            scores = ", ".join(f"{METRICS[metric].name}: {means[i]:.1%}" for metric, means in means_of(lines).items())
+            print(f"{f'{name}: ' if len(names) > 1 else ''}{len(scored)} questions: Avg Loss: {loss:.4f}, {scores}")
+
+
+def names_of(folders):
+    """What to call the models in these folders: the folders' own names, or their paths where these are the same."""
+    names = [Path(folder).resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def load_in_turn(folders, device):
+    """Each model with its tokenizer, loaded when it is asked for."""
+    for folder in folders:
+        model, tokenizer = load(folder)
+        yield model.to(device), tokenizer
+        del model, tokenizer
 
 
 def main():
@@ -131,8 +201,9 @@ def main():
     parser.add_argument("model", help="the folder of a saved model")
     parser.add_argument("picture", help="a picture, or a JSONL file of pictures, questions and, to be scored, answers")
     parser.add_argument("question", nargs="*", help="questions about the picture")
+    parser.add_argument("--against", metavar="MODEL", help="the folder of another model to compare it with, on a file")
     parser.add_argument("--batch_size", type=int, default=2, help="as the script's: less takes less memory")
-    parser.add_argument("--output_dir", help="for a file's answers and report; default: valid_scored, of valid.jsonl")
+    parser.add_argument("--output_dir", help="for a file's answers and report; default: valid_scored or valid_compared")
     words = parser.parse_args()
     kind = Path(words.picture).suffix.lower()
     is_file = kind == ".jsonl"
@@ -140,16 +211,18 @@ def main():
         raise InputError(f"{words.picture} is neither a picture nor a .jsonl file: see python -m moondream2.convert")
     if is_file == bool(words.question):
         raise InputError("give a picture and at least one question, or a .jsonl file alone")
+    if words.against and not is_file:
+        raise InputError("--against compares two models on a .jsonl file")
     transformers.utils.logging.set_verbosity_error()
     set_up_pillow()
-    model, tokenizer = load(words.model)
-    model.to(Accelerator().device)
+    folders = [words.against, words.model] if words.against else [words.model]
+    models = load_in_turn(folders, Accelerator().device)
     if is_file:
-        output_dir = Path(words.output_dir or Path(words.picture).with_suffix("").name + "_scored")
-        title = f"{Path(words.model).name} on {Path(words.picture).name}"
-        score(model, tokenizer, Path(words.picture), words.batch_size, output_dir, title)
+        kind = "compared" if words.against else "scored"
+        output_dir = Path(words.output_dir or f"{Path(words.picture).with_suffix('').name}_{kind}")
+        score(models, names_of(folders), Path(words.picture), words.batch_size, output_dir)
     else:
-        ask(model, tokenizer, words.picture, words.question)
+        ask(*next(models), words.picture, words.question)
 
 
 if __name__ == "__main__":

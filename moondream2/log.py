@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from moondream2.cli import InputError
 from moondream2.summary import first, format_left_out
+from moondream2.verdict import sentences
 
 BAD_STEPS = 3  # steps in a row without a finite gradient that end a run
 
@@ -119,3 +120,16 @@ def best(progress, epochs):
     after = [decimals(loss) for each, loss in losses.items() if each > progress.best_epoch]
     if after:
         print(f"What followed was worse and is not in the saved model: {', '.join(after)}")
+
+
+def verdict(sets, names=None):
+    """Prints what came of each set of answers: the change, the largest mistake, how far an answer can be trusted.
+
+    Args:
+        sets: [{"name", "predictions"}], as the report has them.
+        names: {"before", "after"} where two models are compared.
+    """
+    for each in sets:
+        name = f"{each['name'][:1].upper()}{each['name'][1:]}: " if len(sets) > 1 else ""
+        for sentence in sentences(each["predictions"], names):
+            print(f"{name}{sentence}")

@@ -12,54 +12,34 @@ import psutil
 import torch
 import transformers
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from moondream2 import charts
+from moondream2.charts import PALETTE, decimals, percent
 from moondream2.files import write_text
 from moondream2.modeling_moondream2 import Answer, upright_rgb
 from moondream2.pictures import PictureError, open_picture
-from moondream2.scoring import METRICS, mean
+from moondream2.scoring import METRICS, baseline_accuracy, mean
 from moondream2.summary import counted, left_out_by_reason, summarize
+from moondream2.verdict import (
+    accuracy_of,
+    by_question,
+    difference_in_words,
+    in_points,
+    is_changed,
+    mistakes_of,
+    reliability,
+    sureness,
+    times_of,
+    trust_in_words,
+    verdict,
+    with_interval,
+)
 
 MOST_PICTURES = 300  # on the page; some 6 MB
+MOST_MISTAKES = 4  # shown with pictures
+MOST_EVIDENCE = 4  # pictures of a mistake
+MOST_QUESTIONS = 20  # with a row, and a table, of their own
 THUMBNAIL = (320, 240)  # pixels at most, width and height
-
-# The colours of the page and of its charts, for a browser set to light and for one set to dark.
-PALETTE = {
-    "light": {
-        "page": "#f7f7f5",
-        "card": "#ffffff",
-        "well": "#eeeeea",
-        "ink": "#1b1d22",
-        "muted": "#5f636c",
-        "line": "#e2e2dd",
-        "first": "#2459c9",
-        "second": "#a85a00",
-        "right": "#17703f",
-        "wrong": "#b3261e",
-        "notice": "#fdf4dc",
-        "notice-line": "#d9a400",
-    },
-    "dark": {
-        "page": "#121316",
-        "card": "#1b1d22",
-        "well": "#24272d",
-        "ink": "#e8e9ed",
-        "muted": "#a2a6b0",
-        "line": "#32353d",
-        "first": "#86abff",
-        "second": "#f0a55a",
-        "right": "#67cf95",
-        "wrong": "#ff8f86",
-        "notice": "#2a2415",
-        "notice-line": "#c99a1a",
-    },
-}
-CURVES = {  # of a number in the history: its name, its colour, its style
-    "train_loss": ("training", "second", "s--"),
-    "valid_loss": ("validation", "first", "o-"),
-    "valid_accuracy": ("validation", "first", "o-"),
-}
 
 
 def predictions(dataset, before: dict[str, Answer], after: dict[str, Answer]) -> list[dict]:
@@ -131,7 +111,7 @@ def peak_memory():
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
-def facts(title, constants, summary, history, kept_epoch, sets, skipped, left_out, machine) -> dict:
+def facts(title, constants, summary, history, kept_epoch, sets, skipped, left_out, machine, names=None) -> dict:
     """What `write_report` shows, as plain data that JSON can hold.
 
     Args:
@@ -141,10 +121,12 @@ def facts(title, constants, summary, history, kept_epoch, sets, skipped, left_ou
         history: the records of the epochs; a number is None where it was not taken, or was not finite.
         kept_epoch: the one whose weights are saved; None without training.
         sets: [{"name", "predictions"}] of the questions that were answered, each set under the name that a person knows
-            it by, its predictions of `predictions`. The verdict rests on the last.
+            it by, its predictions of `predictions`. The verdict rests on the last. With "baseline", what a model that
+            never looks at a picture scores on it; that of the validation set stands in the summary.
         skipped: (source, reason) of the lines left out as the files were read.
         left_out: (source, reason) of those left out later.
         machine: of `machine`.
+        names: {"before", "after"} where these are the answers of two models; None where one was trained in between.
     """
     return {
         "title": title,
@@ -153,10 +135,21 @@ def facts(title, constants, summary, history, kept_epoch, sets, skipped, left_ou
         "kept_epoch": kept_epoch,
         "data": summary,
         "sets": sets,
+        "names": names,
         "left_out": left_out_by_reason(skipped, left_out),
         "constants": {name.upper(): value for name, value in vars(constants).items()},
         "machine": machine,
     }
+
+
+def sets_of(progress, train, valid, test=None) -> list[dict]:
+    """A run's answers to the validation questions and, where there is a test file, to its own: the sets of `facts`."""
+    sets = [{"name": "validation", "predictions": predictions(valid, progress.answers_before, progress.answers_best)}]
+    if test:
+        baseline = baseline_accuracy(train.examples, test.examples)
+        answers = predictions(test, progress.test_before, progress.test_best)
+        sets.append({"name": "test", "predictions": answers, "baseline": baseline})
+    return sets
 
 
 def facts_of_run(constants, progress, train, valid, sets, device, test=None) -> dict:
@@ -187,31 +180,33 @@ def write_report(path: Path, run: dict) -> None:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     templates.filters |= {"percent": percent, "decimals": decimals, "duration": duration, "counted": counted}
-    scores = scores_of(run)
-    predictions = run["sets"][-1]["predictions"] if run["sets"] else []
-    pictures, unshown = choose(by_picture(predictions))
+    templates.filters |= {
+        "sureness": sureness,
+        "with_interval": with_interval,
+        "times": times_of,
+        "in_points": in_points,
+    }
+    scores, sets = scores_of(run), [judged_set(each) for each in run["sets"]]
+    pictures, unshown = choose([picture for each in reversed(run["sets"]) for picture in by_picture(each)])
     page = templates.get_template("report.html.jinja").render(
         run=run,
         scores=scores,
-        predictions=predictions,
+        sets=sets,
         metrics=METRICS,
-        verdict=verdict(scores),
+        difference=run["names"] and difference_in_words(run["sets"][-1]["predictions"], run["names"]),
+        names=run["names"] or {"before": "Before", "after": "After" if scores["is_trained"] else "Answer"},
+        filters=filters(run, scores),
+        headline=headline(run, scores),
         result_warnings=list(result_warnings(scores)),
-        charts=list(charts(run, scores["baseline"])) if scores["is_trained"] else [],
+        charts=list(charts.of_epochs(run, scores["baseline"])) if scores["is_trained"] else [],
         pictures=pictures,
+        cards={(picture["set"], picture["file"]): picture for picture in pictures},
+        most_evidence=MOST_EVIDENCE,
         unshown=unshown,
         palette=PALETTE,
         nonce=secrets.token_urlsafe(16),
     )
     write_text(Path(path), page.encode("utf-8", "replace").decode("utf-8"))  # a path may hold half a character
-
-
-def percent(fraction):
-    return "–" if fraction is None else f"{fraction:.1%}"
-
-
-def decimals(number):
-    return "–" if number is None else f"{number:.4f}"
 
 
 def duration(seconds):
@@ -220,49 +215,71 @@ def duration(seconds):
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
+def judged_set(judged):
+    """What the page shows of a set: its name, and all that `moondream2.verdict` says of its predictions."""
+    predictions = judged["predictions"]
+    questions = by_question(predictions)
+    return {
+        "name": judged["name"],
+        "asked": len(predictions),
+        "wrong": sum(each["after_correct"] is False for each in predictions),
+        "accuracy": accuracy_of(predictions),
+        "before": accuracy_of(predictions, "before"),
+        "questions": questions[:MOST_QUESTIONS],
+        "more_questions": len(questions[MOST_QUESTIONS:]),
+        "mistakes": mistakes_of(questions)[:MOST_MISTAKES],
+        "trust": trust_in_words(predictions),
+        "reliability": reliability(predictions),
+        "charts": list(charts.of_trust(predictions)),
+        "means": means_of(predictions),
+    }
+
+
 def scores_of(run):
-    """What a verdict rests on: metrics and loss before training and of the kept epoch, and the baseline."""
-    history, predictions = run["history"], run["sets"][-1]["predictions"] if run["sets"] else []
+    """What a verdict rests on: the last set's accuracy and metrics, losses, and the baseline."""
+    history, judged = run["history"], run["sets"][-1] if run["sets"] else {"name": None, "predictions": []}
     epochs = {record["epoch"]: record for record in history}
     first, last = epochs.get(0, {}) if any(epochs) else {}, history[-1] if history else {}
     kept = epochs.get(run["kept_epoch"], last)
-    means = means_of(predictions)
-    taken = [record.get("valid_accuracy") for record in (first, kept)]  # also of pictures that are gone by now
-    means["correct"] = [now if then is None else then for then, now in zip(taken, means["correct"], strict=True)]
-    before, after = means["correct"]
+    summarized = run["data"]["baseline_accuracy"] if run["data"] and judged["name"] == "validation" else None
     return {
         "is_trained": any(epochs),
         "kept": kept,
         "last": last,
-        "before": before,
-        "after": after,
-        "means": means,
+        "before": accuracy_of(judged["predictions"], "before"),
+        "after": accuracy_of(judged["predictions"]),
         "loss_before": first.get("valid_loss"),
         "loss_after": kept.get("valid_loss"),
-        "baseline": run["data"]["baseline_accuracy"] if run["data"] else None,
+        "baseline": judged.get("baseline", summarized),
     }
 
 
-def verdict(scores):
-    """What came of it, in a sentence."""
-    name, before, after, form = "Accuracy", scores["before"], scores["after"], percent
-    if after is None:
-        name, before, after, form = "Validation loss", scores["loss_before"], scores["loss_after"], decimals
-    if before is None:
-        return f"{name} is {form(after)}." if after is not None else "Nothing was measured."
-    if form(before) == form(after):
-        return f"{name} stayed at {form(after)}."
-    return f"{name} {'rose' if after > before else 'fell'} from {form(before)} to {form(after)}."
+def headline(run, scores):
+    """What came of it, in a sentence: of the last set's accuracy, or where none was taken of the validation loss."""
+    if run["sets"] and (told := verdict(run["sets"][-1]["predictions"], run["names"])):
+        return f"{told}."
+    before, after = scores["loss_before"], scores["loss_after"]
+    if before is None or after is None:
+        return "Nothing was measured." if after is None else f"Validation loss is {decimals(after)}."
+    if decimals(before) == decimals(after):
+        return f"Validation loss stayed at {decimals(after)}."
+    return f"Validation loss {'rose' if after > before else 'fell'} from {decimals(before)} to {decimals(after)}."
 
 
 def result_warnings(scores):
     """Sentences on what a person should know before trusting the model."""
     before, after, baseline = scores["before"], scores["after"], scores["baseline"]
-    if None not in (after, baseline) and after <= baseline:
+    if None not in (after, baseline) and after.value <= baseline:
         who = "Training did not beat" if scores["is_trained"] else "The model does not beat"
         yield f"{who} the baseline: giving each question its most frequent answer scores {percent(baseline)}."
-    if None not in (before, after) and after < before:
-        yield f"Accuracy fell from {percent(before)} to {percent(after)}: the model answered better before training."
+    elif None not in (after, baseline) and after.low is not None and after.low <= baseline:
+        yield (
+            f"The interval of its accuracy, {with_interval(after)}, holds the baseline: giving each question its most "
+            f"frequent answer scores {percent(baseline)}."
+        )
+    if scores["is_trained"] and None not in (before, after) and after.value < before.value:
+        told = f"Accuracy fell from {percent(before.value)} to {percent(after.value)}"
+        yield f"{told}: the model answered better before training."
     kept, last = scores["kept"], scores["last"]
     valid, train = [(kept.get(name), last.get(name)) for name in ("valid_loss", "train_loss")]
     if None not in (*valid, *train) and valid[0] < valid[1] and train[0] > train[1]:
@@ -272,68 +289,25 @@ def result_warnings(scores):
         )
 
 
-def charts(run, baseline):
-    """The curves of loss and, where it was measured, of accuracy."""
-    yield chart("Loss by epoch", run, ["train_loss", "valid_loss"])
-    if any(record.get("valid_accuracy") is not None for record in run["history"]):
-        yield chart("Accuracy by epoch", run, ["valid_accuracy"], baseline)
-
-
-def chart(title, run, names, baseline=None):
-    """A chart of the numbers of these names: {title, alt: what it says, light and dark: an SVG in base64}."""
-    pictures = {scheme: draw(run, names, baseline, colours) for scheme, colours in PALETTE.items()}
-    parts = [title, *(in_words(run["history"], name) for name in names)]
-    parts += [] if baseline is None else [f"baseline: {percent(baseline)}"]
-    parts += [] if run["kept_epoch"] is None else [f"kept: epoch {run['kept_epoch']}"]
-    return {"title": title, "alt": ". ".join(parts) + ".", **pictures}
-
-
-def in_words(history, name):
-    """What a curve says: its first, best and last number."""
-    known = [(record["epoch"], record[name]) for record in history if record.get(name) is not None]
-    if not known:
-        return f"{CURVES[name][0]}: no numbers"
-    form, better = (percent, max) if name == "valid_accuracy" else (decimals, min)
-    points = {"first": known[0], "best": better(known, key=lambda point: point[1]), "last": known[-1]}
-    told = [f"{which} {form(value)} (epoch {epoch})" for which, (epoch, value) in points.items()]
-    return f"{CURVES[name][0]}: {', '.join(told)}"
-
-
-def draw(run, names, baseline, colours):
-    """A line chart in these colours, as an SVG in base64; a number that is missing leaves a gap."""
-    figure = Figure(figsize=(4.3, 2.7), layout="constrained")
-    axes = figure.add_subplot()
-    epochs = [record["epoch"] for record in run["history"]]
-    for name in names:
-        label, colour, style = CURVES[name]
-        values = [record.get(name) for record in run["history"]]
-        axes.plot(epochs, values, style, color=colours[colour], markersize=5, label=label)
-    if baseline is not None:
-        axes.axhline(baseline, color=colours["muted"], linestyle=":", label="baseline")
-    if run["kept_epoch"] is not None:
-        label = f"kept: epoch {run['kept_epoch']}"
-        axes.axvline(run["kept_epoch"], color=colours["muted"], linewidth=6, alpha=0.25, label=label)
-    axes.set_xlabel("epoch", color=colours["muted"])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if "valid_accuracy" in names:
-        axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    axes.grid(axis="y", color=colours["line"])
-    axes.tick_params(colors=colours["muted"], length=0)
-    axes.spines[:].set_visible(False)
-    legend = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "frameon": False}
-    axes.legend(**legend, labelcolor=colours["ink"], borderpad=0, columnspacing=1, handlelength=1.6)
-    figure.savefig(file := io.BytesIO(), format="svg", transparent=True)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def by_picture(predictions):
-    """[{image_path, file, questions}], each question with the filters that it stands under, in the file's order."""
+def by_picture(judged):
+    """[{set, image_path, file, questions}] of a set, each question with the filters that it stands under, in order."""
     pictures = {}
-    for each in predictions:
-        picture = {"image_path": each["image_path"], "file": each["file"], "questions": []}
+    for each in judged["predictions"]:
+        picture = {"set": judged["name"], "image_path": each["image_path"], "file": each["file"], "questions": []}
         picture = pictures.setdefault(each["file"], picture)
         picture["questions"].append({**each, "states": states(each)})
     return list(pictures.values())
+
+
+def filters(run, scores):
+    """{state of a question: what the page calls it}, of those that its pictures can be filtered by."""
+    found = {"all": "All", "wrong": "Wrong now"}
+    if names := run["names"]:
+        better = {"newly-right": f"Right only: {names['after']}", "newly-wrong": f"Right only: {names['before']}"}
+        return {"all": "All", "changed": "Different answers", **better}
+    if scores["is_trained"]:
+        found |= {"newly-right": "Newly right", "newly-wrong": "Newly wrong"}
+    return found
 
 
 def states(prediction):
@@ -341,16 +315,24 @@ def states(prediction):
     found = ["wrong"] if after is False else []
     if before is not None and before != after:
         found.append("newly-right" if after else "newly-wrong")
+    if prediction["before"] is not None and is_changed(prediction):
+        found.append("changed")
     return found
 
 
 def choose(pictures):
     """The pictures for the page, with thumbnails, and those not shown: if there are too many, the uneventful ones."""
-    by_interest = sorted(pictures, key=lambda picture: not any(each["states"] for each in picture["questions"]))
+    by_interest = sorted(
+        pictures, key=lambda picture: not any({*q["states"]} - {"changed"} for q in picture["questions"])
+    )
     chosen, unshown = by_interest[:MOST_PICTURES], by_interest[MOST_PICTURES:]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         thumbnails = pool.map(thumbnail, [picture["file"] for picture in chosen])
-        return [{**picture, "thumbnail": each} for picture, each in zip(chosen, thumbnails, strict=True)], unshown
+        made = [
+            {**picture, "id": f"picture-{number}", "thumbnail": each}
+            for number, (picture, each) in enumerate(zip(chosen, thumbnails, strict=True), start=1)
+        ]
+        return made, unshown
 
 
 def thumbnail(file):

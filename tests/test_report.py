@@ -23,10 +23,11 @@ from selenium.webdriver.common.keys import Keys
 
 from moondream2 import report
 from moondream2.card import model_card
+from moondream2.charts import PALETTE
 from moondream2.cli import InputError
 from moondream2.data import Example
 from moondream2.modeling_moondream2 import Answer
-from moondream2.report import PALETTE, facts, machine, predictions, result_warnings, scores_of, verdict, write_report
+from moondream2.report import facts, headline, machine, predictions, result_warnings, scores_of, write_report
 
 EVIL = "</script><script>window.evil = 1</script>\"'><img src=nothing onerror='window.evil = 1'>{{ 7 * 7 }}"
 CHROMIUM_OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage
@@ -97,6 +98,7 @@ def make_run(predictions=(), **changes):
             "warnings": [],
         },
         "sets": [{"name": "validation", "predictions": list(predictions)}],
+        "names": None,
         "left_out": [],
         "constants": {"EPOCHS": 3, "LEARNING_RATE": 3e-5},
         "machine": {"torch": "2.13.0", "device": "cpu", "seconds": 3725.0, "peak_memory_gib": 8.215},
@@ -175,47 +177,64 @@ def chips(page):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def said(**changes):
-    scores = scores_of(make_run(**changes))
-    return verdict(scores), list(result_warnings(scores))
+def said(before=(), after=(), **changes):
+    """The headline and the warnings of a run whose answers were right before and after training as these say."""
+    pairs = enumerate(zip(before, after, strict=True))
+    answers = [
+        prediction(Path(f"{i}.jpg"), i, "Is it?", "Yes.", *("Yes." if each else "No." for each in pair))
+        for i, pair in pairs
+    ]
+    run = make_run(answers, **changes)
+    return headline(run, scores_of(run)), list(result_warnings(scores_of(run)))
 
 
-def test_verdict_goes_from_before_training_to_the_kept_epoch():
-    assert said()[0] == "Accuracy rose from 25.0% to 75.0%."
+def test_the_headline_is_the_change_in_accuracy():
+    assert said([0] * 20, [0] * 5 + [1] * 15)[0] == "Training raised accuracy by 75 points (95% interval 55 to 95)."
 
 
-def test_verdict_without_a_change():
-    losses = history((None, 3.0), (2.0, 1.7), accuracies=[0.5, 0.5])
-    assert said(history=losses, kept_epoch=1)[0] == "Accuracy stayed at 50.0%."
+def test_the_headline_is_of_the_last_set(answers):
+    lines = [prediction(Path(f"{i}.jpg"), i, "Is it?", "Yes.", "No.", "Yes.") for i in range(30)]
+    run = make_run()
+    run["sets"] = [{"name": "validation", "predictions": answers}, {"name": "test", "predictions": lines}]
+    scores = scores_of(run)
+    assert headline(run, scores) == "Training raised accuracy by 100 points (95% interval 81 to 100)."
+    assert scores["after"].questions == 30 and scores["baseline"] is None
+    run["sets"][1]["baseline"] = 0.3
+    assert scores_of(run)["baseline"] == 0.3
 
 
-def test_verdict_without_accuracy_is_of_the_loss():
-    losses = history((None, 3.0), (2.0, 1.7), accuracies=[None, None])
+def test_the_headline_without_answers_is_of_the_loss():
+    losses = history((None, 3.0), (2.0, 1.7))
     assert said(history=losses, kept_epoch=1)[0] == "Validation loss fell from 3.0000 to 1.7000."
+    assert said(history=history((None, 1.7), (2.0, 1.70001)), kept_epoch=1)[0] == "Validation loss stayed at 1.7000."
+    assert said(history=history((None, 1.5)), kept_epoch=None)[0] == "Validation loss is 1.5000."
+    assert said(history=[], kept_epoch=None)[0] == "Nothing was measured."
 
 
-def test_verdict_counts_the_answers_where_the_history_has_no_accuracy(answers):
-    losses = history((None, 3.0), (2.0, 1.7), accuracies=[None, None])
-    scores = scores_of(make_run(answers, history=losses, kept_epoch=1))
-    assert (scores["before"], scores["after"]) == (0.5, 0.5)
-
-
-def test_verdict_on_a_saved_model(answers):
-    assert verdict(scores_of(scored(answers))) == "Accuracy is 50.0%."
-    assert verdict(scores_of({**scored(answers), "history": []})) == "Accuracy is 50.0%."
-    assert verdict(scores_of(scored([]) | {"history": []})) == "Nothing was measured."
+def test_the_headline_of_a_saved_model(answers):
+    run = scored(answers)
+    assert headline(run, scores_of(run)) == (
+        "Accuracy is 50% (too few pictures for an interval), of 4 questions on 3 pictures."
+    )
 
 
 def test_warning_that_the_baseline_is_not_beaten():
     data = {**make_run()["data"], "baseline_accuracy": 0.75}
-    assert said(data=data)[1][0] == (
+    assert said([0] * 20, [0, 1] * 10, data=data)[1][0] == (
         "Training did not beat the baseline: giving each question its most frequent answer scores 75.0%."
     )
 
 
+def test_warning_that_the_baseline_lies_within_the_interval():
+    assert said([0] * 20, [0, 1] * 10)[1][0] == (
+        "The interval of its accuracy, 50% (95% interval 25 to 75%), holds the baseline: giving each question its most "
+        "frequent answer scores 40.0%."
+    )
+
+
 def test_warning_that_accuracy_fell():
-    losses = history((None, 3.0), (2.0, 1.7), accuracies=[0.9, 0.8])
-    assert said(history=losses, kept_epoch=1)[1] == [
+    losses = history((None, 3.0), (2.0, 1.7))
+    assert said([1] * 18 + [0] * 2, [1] * 16 + [0] * 4, history=losses, kept_epoch=1)[1] == [
         "Accuracy fell from 90.0% to 80.0%: the model answered better before training."
     ]
 
@@ -229,7 +248,7 @@ def test_warning_of_overfitting():
 
 def test_no_warning_without_a_reason():
     losses = history((None, 3.0), (2.0, 1.7), (1.0, 1.5), accuracies=[0.25, 0.5, 0.75])
-    assert said(history=losses)[1] == []
+    assert said([0] * 20, [1] * 20, history=losses)[1] == []
 
 
 def test_page_of_a_run(open_page, answers):
@@ -237,7 +256,10 @@ def test_page_of_a_run(open_page, answers):
     page = open_page(make_run(answers, data=data))
     text = page.find_element(By.TAG_NAME, "main").text
     for words in (
-        "Accuracy rose from 25.0% to 75.0%.",
+        "No change in 4 questions on 3 pictures.",
+        "Of 4 validation questions on 3 pictures, the model answers 2 wrong.",
+        "Accuracy\n50.0%",
+        "50.0% before training",
         "Epoch 2 of 3 was the best",
         "without a look at the picture, scores 40.0%",
         "It overfits after epoch 2",
@@ -252,7 +274,16 @@ def test_page_of_a_run(open_page, answers):
         assert words in text
     assert shown(page, ".kept") == ["2 ★ kept 1.0000 1.5000 75.0% 3e-05 1 min 15 s"]
     assert shown(page, ".question dl")[1].splitlines() == [
-        *("Expected", "Two cars.", "Before", "✓ right", "Two cars.", "After", "✗ wrong", "Three cars.")
+        *(
+            "Expected",
+            "Two cars.",
+            "Before",
+            "✓ right 50% sure",
+            "Two cars.",
+            "After",
+            "✗ wrong 75% sure",
+            "Three cars.",
+        )
     ]
 
 
@@ -261,19 +292,21 @@ def test_each_metric_is_named_with_its_mean_before_and_after(open_page, answers)
     page = open_page(make_run(answers))
     assert shown(page, ".metrics tr") == [
         "Metric Before After",
-        "Accuracy: the same answer once case, articles, punctuation and number words are set aside 25.0% 75.0%",
+        "Accuracy: the same answer once case, articles, punctuation and number words are set aside 50.0% 50.0%",
         "Exact match: the same answer, character for character 50.0% 25.0%",
         "ANLS: for longer answers, the share of the text that is right, by edit distance; less than half is 0 "
         "50.0% 68.8%",
     ]
     page = open_page(scored(answers))
-    assert [row.rsplit(maxsplit=1)[1] for row in shown(page, ".metrics tr")] == ["Now", "50.0%", "25.0%", "68.8%"]
+    assert [row.rsplit(maxsplit=1)[1] for row in shown(page, ".metrics tr")] == ["Answer", "50.0%", "25.0%", "68.8%"]
     assert shown(open_page(make_run()), ".metrics") == []
 
 
 def test_charts_say_in_words_what_they_show(open_page, answers):
     page = open_page(make_run(answers))
     assert [chart.accessible_name for chart in page.find_elements(By.CSS_SELECTOR, ".chart")] == [
+        "Right by probability. Expected calibration error: 25.0%. 70% to 80% sure: 4 answers, 50% right.",
+        "Right when the least sure are left unanswered. 100% answered: 50% right.",
         "Loss by epoch. training: first 2.0000 (epoch 1), best 0.5000 (epoch 3), last 0.5000 (epoch 3). "
         "validation: first 3.0000 (epoch 0), best 1.5000 (epoch 2), last 1.9000 (epoch 3). kept: epoch 2.",
         "Accuracy by epoch. validation: first 25.0% (epoch 0), best 75.0% (epoch 2), last 50.0% (epoch 3). "
@@ -292,10 +325,12 @@ def test_charts_have_every_line(open_page, answers):
     labels = [
         set(re.findall("<!-- (.*) -->", svg)) for svg in drawn(page)
     ]  # matplotlib names so what it draws as paths
-    assert {"training", "validation", "kept: epoch 2", "epoch"} <= labels[0]
-    assert {"validation", "baseline", "kept: epoch 2", "40%"} <= labels[1]
+    assert {"right", "as often as it is sure", "4", "probability of the answer"} <= labels[0]
+    assert {"right", "95%", "questions answered, the surest first"} <= labels[1]
+    assert {"training", "validation", "kept: epoch 2", "epoch"} <= labels[2]
+    assert {"validation", "baseline", "kept: epoch 2", "40%"} <= labels[3]
     widths = page.execute_script("return [...document.querySelectorAll('.chart')].map(each => each.naturalWidth)")
-    assert len(widths) == 2 and min(widths) > 100
+    assert len(widths) == 4 and min(widths) > 100
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -328,7 +363,7 @@ def test_no_part_for_lines_left_out_where_there_are_none(open_page):
 
 def test_page_of_a_saved_model(open_page, answers):
     page = open_page(scored(answers))
-    assert shown(page, "h2") == ["Validation pictures", "How it was made"]
+    assert shown(page, "h2") == ["How sure an answer is", "Metrics", "Pictures", "How it was made"]
     assert chips(page) == ["All 4", "Wrong now 2"]
     assert {text.splitlines()[2] for text in shown(page, ".question dl")} == {"Answer"}
 
@@ -341,6 +376,119 @@ def test_losses_that_were_not_finite(open_page):
         "2 ★ kept 0.5000 – – 3e-05 1 min 15 s",
     ]
     assert "validation: no numbers" in page.find_element(By.CSS_SELECTOR, ".chart").accessible_name
+
+
+@pytest.fixture
+def streets(tmp_path):
+    """A question about 16 pictures, of which six show no green: it says yes to four of them, three times quite sure."""
+    said = (
+        [("No.", "Yes.", sure) for sure in (0.9, 0.35, 0.8, 0.7)]
+        + [("No.", "No.", 0.9)] * 2
+        + [("Yes.", "Yes.", 0.95)] * 10
+    )
+    found = []
+    for i, (answer, after, sure) in enumerate(said):
+        Image.new("RGB", (60, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        made = prediction(tmp_path / f"{i}.png", i, "Is it safe to cross?", answer, before="Yes.", after=after)
+        found.append(made | {"after_probability": sure})
+    return found
+
+
+def test_the_largest_mistake_is_shown_with_its_pictures(open_page, streets):
+    page = open_page(make_run(streets))
+    assert shown(page, ".mistakes li") == [
+        "Is it safe to cross?\nSaid Yes. for No. 4 times of 6. The surest was 90% sure."
+    ]
+    assert shown(page, "h2")[:2] == ["What kind of mistakes", "How sure an answer is"]
+    evidence = page.find_elements(By.CSS_SELECTOR, ".evidence a")
+    assert [each.find_element(By.TAG_NAME, "img").get_attribute("alt") for each in evidence] == [
+        f"images/{number}.png" for number in (0, 2, 3, 1)
+    ]
+    page.find_elements(By.CLASS_NAME, "chip")[2].click()  # newly right: two others
+    evidence[1].click()
+    assert page.find_element(By.CSS_SELECTOR, ".card:target .file").text == "images/2.png"
+    assert chips(page)[0] == "All 16" and page.find_element(By.CSS_SELECTOR, "[value=all]").is_selected()
+
+
+def test_what_was_said_is_shown_against_what_was_true(open_page, streets):
+    page = open_page(make_run(streets))
+    assert shown(page, ".asked summary") == ["Is it safe to cross? 12 of 16 right, 75% (95% interval 50 to 94%)"]
+    assert shown(page, ".answers tr") == [
+        "Right answer said Yes. said No. said something else Found (recall) Right when said (precision)",
+        "Yes. 10 0 0 100% 71%",
+        "No. few: 6 4 2 0 33% 100%",
+    ]
+    assert shown(page, ".answers .miss") == ["4"] and shown(page, ".answers .hit") == ["10", "2"]
+
+
+def test_a_question_with_few_examples_or_without_a_table_says_so(open_page, streets):
+    alike = [{**each, "question": "Is it day?", "answers": ["Yes."]} for each in streets[-6:]]
+    many = [
+        {**each, "question": "How many?", "answers": [str(i)], "after_correct": False} for i, each in enumerate(streets)
+    ]
+    page = open_page(make_run([*many, *alike]))
+    assert shown(page, ".asked summary") == [
+        "How many? 0 of 16 right, 0% (95% interval 0 to 17%)",
+        "Is it day? 6 of 6 right, 100% (95% interval 61 to 100%) few examples",
+    ]
+    page.find_elements(By.CSS_SELECTOR, ".asked summary")[1].click()
+    assert shown(page, ".asked p") == [
+        "No table: it has too many different right answers.",
+        "No table: it has one right answer.",
+    ]
+
+
+def test_questions_beyond_the_cap_are_counted(open_page, streets, monkeypatch):
+    monkeypatch.setattr(report, "MOST_QUESTIONS", 1)
+    page = open_page(make_run([*streets, *({**each, "question": "Is it day?"} for each in streets[-6:])]))
+    assert len(shown(page, ".asked summary")) == 1
+    assert "1 more questions, with fewer wrong answers, are not shown." in shown(page, "section > p")
+
+
+def test_how_sure_an_answer_is(open_page, streets):
+    streets[0]["after_cut"] = True
+    text = open_page(make_run(streets)).find_element(By.CSS_SELECTOR, "section:has(#trust)").text
+    assert text.startswith(
+        "How sure an answer is\nAbove 0.90 it answers 62% of the questions, and 100% (95% interval 74 to 100%) of "
+        "those are right. On average it is "
+    )
+    assert "On average it is 88% sure and right in 75%; its probabilities are off by 13 points" in text
+    assert "1 of its answers were cut off: their probability is that of what there is." in text
+
+
+def test_two_sets_stand_apart(open_page, streets):
+    """The verdict is the test set's, and the validation set's is said to look better than it is."""
+    test = [{**each, "image_path": f"test/{i}.png", "after_correct": i > 6} for i, each in enumerate(streets)]
+    run = make_run(streets)
+    run["sets"].append({"name": "test", "predictions": test})
+    page = open_page(run)
+    text = page.find_element(By.TAG_NAME, "header").text
+    assert (
+        "Of 16 test questions on 16 pictures, the model answers 7 wrong. On the validation questions accuracy is 75% "
+        in text
+    )
+    assert "which tends to look better than it is, as the epoch was chosen by them" in text
+    assert "Accuracy, test questions\n56.2%" in text and "Baseline" not in text
+    assert shown(page, "h2")[:3] == ["What kind of mistakes", "How sure an answer is", "The validation questions"]
+    page.find_element(By.CSS_SELECTOR, ".more > summary").click()
+    assert [each.split()[3] for each in shown(page, ".mistakes p:nth-child(2)")] == ["No.", "No."]
+    assert len(page.find_elements(By.CLASS_NAME, "card")) == 32
+    page.find_element(By.CSS_SELECTOR, ".more .evidence a").click()
+    assert page.find_element(By.CSS_SELECTOR, ".card:target .file").text == "images/0.png (validation)"
+
+
+def test_two_models_are_compared(open_page, streets):
+    streets[-1] |= {"before": "yes", "before_correct": True}
+    run = make_run(streets, history=[], kept_epoch=None, data=None, names={"before": "old", "after": "new"})
+    page = open_page(run)
+    assert page.find_element(By.TAG_NAME, "h1").text == (
+        "16 questions on 16 pictures can't tell the lead of new, 12 points, from chance (95% interval 0 to 31)."
+    )
+    assert "2 of 16 questions are answered differently: 2 right only by new, 0 only by old." in shown(page, ".lead")[0]
+    assert shown(page, ".tiles dt") == ["Accuracy of new", "Accuracy of old"]
+    assert shown(page, ".metrics tr")[0] == "Metric old new"
+    assert chips(page) == ["All 16", "Different answers 2", "Right only: new 2", "Right only: old 0"]
+    assert shown(page, ".question dt")[:3] == ["Expected", "old", "new"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,27 +552,29 @@ def test_predictions_are_of_what_was_asked():
 def test_an_answer_that_was_cut_is_marked_and_all_right_ones_are_shown(open_page, answers):
     answers[0] |= {"answers": ["Yes.", "Sure."], "before_cut": True}
     answers[1] |= {"after_cut": True}
-    first, second = open_page(make_run(answers)).find_elements(By.CLASS_NAME, "question")[:2]
+    page = open_page(make_run(answers))
+    page.execute_script("document.querySelector('.card').scrollIntoView()")
+    first, second = page.find_elements(By.CLASS_NAME, "question")[:2]
     told = [[each.text.replace("\n", " ") for each in q.find_elements(By.TAG_NAME, "dd")] for q in (first, second)]
     cut = "cut off here: it was longer"
     assert told == [
-        ["Yes. / Sure.", f"✗ wrong No. {cut}", "✓ right Yes."],
-        ["Two cars.", "✓ right Two cars.", f"✗ wrong Three cars. {cut}"],
+        ["Yes. / Sure.", f"✗ wrong 50% sure No. {cut}", "✓ right 75% sure Yes."],
+        ["Two cars.", "✓ right 50% sure Two cars.", f"✗ wrong 75% sure Three cars. {cut}"],
     ]
 
 
 def test_a_question_without_an_answer_to_compare_with_is_shown(open_page, answers):
     answers[0] |= {"answer": None, "answers": [], "after_correct": None}
     question = open_page(scored(answers)).find_element(By.CLASS_NAME, "question")
-    assert question.text.split("\n")[:3] == ["Is it safe to cross?", "Answer", "Yes."]
+    assert question.text.split("\n")[:3] == ["Is it safe to cross?", "Answer", "75% sure"]
 
 
 def test_facts_are_what_the_report_shows(open_page):
     valid = dataset("valid.jsonl")
     said = {example.key: Answer("Yes.", 0.9, False) for example in valid.examples}
     answers = predictions(valid, {}, said)
-    run = make_run()
-    parts = run["data"], run["history"], run["kept_epoch"], [{"name": "validation", "predictions": answers}], SKIPPED, LEFT_OUT
+    run, sets = make_run(), [{"name": "validation", "predictions": answers}]
+    parts = run["data"], run["history"], run["kept_epoch"], sets, SKIPPED, LEFT_OUT
     made = facts("crossings", CONSTANTS, *parts, machine(torch.device("cpu"), 12.34))
     assert json.loads(json.dumps(made)) == made
     assert made.keys() == run.keys()
@@ -521,7 +671,9 @@ def test_thumbnails_are_upright(tmp_path):
 def test_placeholder_for_a_picture_that_is_gone_or_broken(open_page, answers):
     page = open_page(make_run(answers))
     assert shown(page, ".missing") == ["The picture is gone or can’t be read."] * 2
-    assert page.execute_script("return [...document.images].every(image => image.complete && image.naturalWidth)")
+    page.find_element(By.TAG_NAME, "html").send_keys(Keys.END)  # what is out of sight need not be decoded
+    broken = "return [...document.images].some(image => image.complete && !image.naturalWidth)"
+    assert not page.execute_script(broken)
 
 
 def test_pictures_beyond_the_cap_are_the_uneventful_ones(tmp_path, monkeypatch):
@@ -587,12 +739,15 @@ def test_search(open_page, answers, words, numbers):
 
 def test_everything_from_the_data_is_text(open_page, tmp_path):
     evil = {**prediction(tmp_path / "x.jpg", 1, EVIL, EVIL, EVIL, EVIL), "image_path": EVIL, "source": EVIL}
+    others = [prediction(tmp_path / f"{i}.jpg", i, EVIL, f"{EVIL} {i % 2}", EVIL, f"{EVIL} 1") for i in range(5)]
+    names = {"before": EVIL, "after": EVIL}
     file = {**facts_of(EVIL), "answers": [[EVIL, 4]]}
     left_out = [{"when": EVIL, "reason": EVIL, "count": 1, "sources": [EVIL]}]
     Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
     page = open_page(
         make_run(
-            [evil],
+            [evil, *others],
+            names=names,
             title=EVIL,
             model={"id": EVIL, "revision": EVIL},
             data={"train": file, "valid": file, "baseline_accuracy": 0.1, "warnings": [EVIL]},
@@ -602,21 +757,25 @@ def test_everything_from_the_data_is_text(open_page, tmp_path):
         )
     )
     page.execute_script("document.querySelector('.card').scrollIntoView()")  # out of sight it has no text
-    assert shown(page, ".ask") == [EVIL]
+    assert set(shown(page, ".ask")) == {EVIL}
     assert page.find_element(By.CSS_SELECTOR, ".card img").get_attribute("alt") == EVIL
     assert page.title == f"{EVIL}: report"
-    assert page.execute_script("return [document.scripts.length, document.images.length, window.evil]") == [1, 3, None]
-    assert page.find_element(By.TAG_NAME, "main").text.count(EVIL) == 21
+    assert page.execute_script("return [document.scripts.length, document.images.length, window.evil]") == [1, 5, None]
+    text = page.execute_script("return document.querySelector('main').textContent")
+    assert text.count(EVIL) == 73
 
 
 @pytest.mark.parametrize("width", [400, 1400])
 def test_nothing_overflows_sideways(open_page, tmp_path, width):
     long = "x" * 400
     wide = prediction(tmp_path / "x.jpg", 1, long, long, long, long) | {"image_path": long, "source": long}
+    wrong = [prediction(tmp_path / "y.jpg", i, long, f"{long} {i}", long, f"{long} 1") for i in range(5)]
     file = {**facts_of(long), "answers": [[long, 4]]}
     left_out = [{"when": long, "reason": long, "count": 1, "sources": [long]}]
     data = {"train": file, "valid": file, "baseline_accuracy": 0.1, "warnings": [long]}
-    run = make_run([wide], title=long, data=data, left_out=left_out, constants={long: long}, machine={long: long})
+    run = make_run(
+        [wide, *wrong], title=long, data=data, left_out=left_out, constants={long: long}, machine={long: long}
+    )
     page = open_page(run, width)
     width_of = "return document.documentElement"
     assert page.execute_script(f"{width_of}.scrollWidth") == page.execute_script(f"{width_of}.clientWidth")

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from PIL import Image, PngImagePlugin
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
-from moondream2 import ask, launch
+from moondream2 import ask, features, launch
 from moondream2.cli import InputError
 from moondream2.evaluation import accuracy_of, evaluate
 from moondream2.pictures import MAX_PNG_TEXT
 from moondream2.rows import whole_rows
 from moondream2.scoring import baseline_accuracy, is_correct
+from moondream2.verdict import sentences, sureness
 from tests.conftest import ROOT, TINY, dataset, layer_out, run_python, start_script, write_lines
 
 
@@ -51,7 +53,12 @@ def test_what_it_prints(sample):
         start += f"Validation Avg Loss: {record['valid_loss']:.4f}, "
         start += f"Validation accuracy: {record['valid_accuracy']:.1%} (before training 0.0%, baseline 31.2%), "
         assert any(line.startswith(start) for line in lines)
-    assert any(line.startswith("Best epoch: ") for line in lines)
+    best = next(i for i, line in enumerate(lines) if line.startswith("Best epoch: "))
+    answers = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    tested = [json.loads(line) for line in (folder / "test_predictions.jsonl").read_text().splitlines()]
+    told = [f"Validation: {each}" for each in sentences(answers)] + [f"Test: {each}" for each in sentences(tested)]
+    assert lines[best + 1 : best + 1 + len(told)] == told
+    assert told[0].startswith("Validation: Training raised accuracy by ")
     assert "baseline:  31.2% accuracy" in out and "Encoding 100 pictures" in out
 
 
@@ -165,6 +172,7 @@ def test_asking_from_the_shell(sample, run_ask, tmp_path):
     command = [sys.executable, "-m", "moondream2.ask", sample[0], line["image_path"], line["question"]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == line["after"]
+    assert done.stderr.splitlines()[-1] == f"  {sureness(line['after_probability'])} sure"
 
     out = run_ask(sample[0], ROOT / "valid.jsonl", "--output_dir", tmp_path / "scored")
     best = min(history(sample[0])[1:], key=lambda record: record["valid_loss"])
@@ -218,6 +226,7 @@ def test_questions_without_an_answer_are_answered_and_not_scored(run_ask, data, 
     [
         (["images/valid_001.jpg"], "give a picture and at least one question"),
         (["valid.jsonl", "Why?"], "give a picture and at least one question"),
+        (["images/valid_001.jpg", "Why?", "--against", TINY], "--against compares two models on a .jsonl file"),
         (["valid.json"], "valid.json is neither a picture nor a .jsonl file"),
         (["valid.CSV", "Why?"], "valid.CSV is neither a picture nor a .jsonl file"),
     ],
@@ -259,13 +268,12 @@ def test_what_is_to_be_said_of_a_picture_that_is_asked_about_is_said_beside_the_
     ask.ask(model, tokenizer, tmp_path / "a.png", ["Why?"])
     said = capsys.readouterr()
     warning = f"warning: pictures of almost one colour, perhaps badly exported: {tmp_path / 'a.png'}\n"
-    assert said.err == warning and said.out.count("\n") == 1
+    assert said.err.startswith(warning) and said.out.count("\n") == 1
     with pytest.raises(InputError, match=r"cannot use the picture .*gone.png: FileNotFoundError"):
         ask.ask(model, tokenizer, tmp_path / "gone.png", ["Why?"])
 
 
 def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(data, tmp_path, monkeypatch):
-    model, tokenizer = ask.load(TINY)
     taken, rows_of = [], ask.whole_rows
 
     def whole_rows(examples, prefix, pictures, most):
@@ -274,12 +282,72 @@ def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(d
 
     monkeypatch.setattr(ask, "whole_rows", whole_rows)
     for batch_size in (1, 3):
-        ask.score(model, tokenizer, data / "valid.jsonl", batch_size, tmp_path, "title")
+        ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", batch_size, tmp_path)
     assert taken == [4, 12]
 
 
+def test_of_an_answer_that_was_cut_it_is_said_beside_it(data, capsys):
+    model, tokenizer = ask.load(TINY)
+    model.generation_config.max_new_tokens = 2
+    capsys.readouterr()
+    ask.ask(model, tokenizer, data / "8.png", ["Why?", "What is it?"])
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2
+    assert [line.partition(" sure")[2] for line in said.err.splitlines()] == [", of what there is: it was cut off"] * 2
+
+
+def test_two_models_are_compared_on_a_file(data, run_ask, tmp_path, monkeypatch, tokenizer):
+    """Each answers as it does alone. They are loaded one after the other, and each picture is decoded once."""
+    other = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+    torch.nn.init.normal_(other.text_model.lm_head.linear.weight, generator=torch.Generator().manual_seed(0))
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    alone = []
+    for folder in (TINY, tmp_path / "other"):
+        run_ask(folder, data / "valid.jsonl", "--output_dir", tmp_path / "alone")
+        alone.append([json.loads(line) for line in (tmp_path / "alone" / "predictions.jsonl").read_text().splitlines()])
+
+    decoded, loaded, examine, load = [], [], features.examine, ask.load
+
+    def noted(folder):
+        assert [model() for model in loaded] == [None] * len(loaded)
+        model, tokenizer = load(folder)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(
+        features, "examine", lambda picture, *more: (decoded.append(picture.key), examine(picture, *more))[1]
+    )
+    monkeypatch.setattr(features, "pixels_of", lambda *_: pytest.fail("a picture is read again"))
+    monkeypatch.setattr(ask, "load", noted)
+    out = run_ask(tmp_path / "other", data / "valid.jsonl", "--against", TINY, "--output_dir", tmp_path / "both")
+    both = [json.loads(line) for line in (tmp_path / "both" / "predictions.jsonl").read_text().splitlines()]
+    for line, first, second in zip(both, *alone, strict=True):
+        assert (line["before"], line["after"]) == (first["after"], second["after"])
+        assert line["before_probability"] == pytest.approx(first["after_probability"], rel=1e-2)
+    assert len(loaded) == 2 and len(decoded) == len(set(decoded)) == 3
+    assert "tiny_moondream2: 7 questions: Avg Loss: " in out and "other: 7 questions: Avg Loss: " in out
+    assert "7 of 7 questions are answered differently: 0 right only by other, 0 only by tiny_moondream2" in out
+    assert "tiny_moondream2 and other on valid.jsonl" in (tmp_path / "both" / "report.html").read_text()
+
+
+def test_a_picture_that_can_not_be_decoded_is_named_when_a_file_is_asked(data, run_ask, tmp_path):
+    picture = data / "8.png"
+    picture.write_bytes(picture.read_bytes()[:-200])
+    run_ask(TINY, data / "valid.jsonl", "--output_dir", tmp_path / "scored")
+    assert (
+        f"picture broken, during the run</th><td>2 ({data / 'valid.jsonl'}:1"
+        in (tmp_path / "scored" / "report.html").read_text()
+    )
+
+
+def test_models_are_named_by_their_folders():
+    assert ask.names_of(["runs/first", "./second/"]) == ["first", "second"]
+    assert ask.names_of(["a/out", "b/out"]) == ["a/out", "b/out"]
+
+
 def test_asking_about_a_file_names_each_metric(data, tmp_path, capsys):
-    ask.score(*ask.load(TINY), data / "valid.jsonl", 2, tmp_path, "title")
+    ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", 2, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     mean = {name: sum(line[f"after_{name}"] for line in lines) / len(lines) for name in ("correct", "exact", "anls")}
     scores = f"accuracy: {mean['correct']:.1%}, exact match: {mean['exact']:.1%}, ANLS: {mean['anls']:.1%}"

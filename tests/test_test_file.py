@@ -108,6 +108,9 @@ def test_card_and_page_tell_of_it_apart(flags, run_main):
         assert f"| {when} | {record['test_loss']:.4f} | {record['test_accuracy']:.1%} |" in card
     assert f'Test <span class="mono muted">{flags["test_file"]}</span>' in page
     assert all(each["source"] in page for each in lines_of(folder / "test_predictions.jsonl"))
+    train, valid, test = (dataset(flags[f"{name}_file"]).examples for name in ("train", "valid", "test"))
+    assert baseline_accuracy(train, test) == 0.0 < baseline_accuracy(train, valid)
+    assert "without a look at the picture, scores 0.0%" in page
 
 
 RECORDS = [
