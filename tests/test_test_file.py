@@ -284,6 +284,7 @@ def test_progress_keeps_its_answers():
     assert not progress.is_tested
     progress.enter_test(2.0, 0.25, {"0123": Answer("No", 0.5, True)})
     assert progress.history == [{"epoch": 0, "test_loss": 2.0, "test_accuracy": 0.25}, {"epoch": 1}]
+    assert not progress.is_tested and progress.goes_on(2, None)
     progress.best_epoch = 1
     assert not progress.is_tested and progress.goes_on(2, None)
     progress.enter_test(math.inf, 0.5, {"0123": Answer("Yes", 0.75, False)})
