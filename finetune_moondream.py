@@ -44,7 +44,7 @@ from moondream2.loading import checked_loading
 from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
 from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead, set_up_pillow
-from moondream2.report import facts_of_run, predictions, write_report
+from moondream2.report import facts_of_run, sets_of, write_report
 from moondream2.rows import StepSampler, lay_out, text_inputs, whole_rows
 from moondream2.scoring import baseline_accuracy
 from moondream2.summary import format_table, remarked, summarize
@@ -354,15 +354,12 @@ def finish(constants, progress, checkpoints, output, model, tokenizer, train, va
     progress.require_best()
     log.best(progress, constants.epochs)
     output.write_lines("training_log.jsonl", progress.history)  # a run may have been killed before it wrote the last
-    answers = predictions(valid, progress.answers_before, progress.answers_best)
-    output.write_lines("predictions.jsonl", answers)
-    sets, device = [{"name": "validation", "predictions": answers}], model.get_input_embeddings().weight.device
-    if test is None:
-        output.remove("test_predictions.jsonl")  # of a run that this one replaces
+    sets, device = sets_of(progress, train, valid, test), model.get_input_embeddings().weight.device
+    output.write_lines("predictions.jsonl", sets[0]["predictions"])
+    if test:
+        output.write_lines("test_predictions.jsonl", sets[1]["predictions"])
     else:
-        answers = predictions(test, progress.test_before, progress.test_best)
-        output.write_lines("test_predictions.jsonl", answers)
-        sets.append({"name": "test", "predictions": answers, "baseline": baseline_accuracy(train, test)})
+        output.remove("test_predictions.jsonl")  # of a run that this one replaces
     log.verdict(sets)
     write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, sets, device, test))
     with output.new_model() as folder:

@@ -18,7 +18,7 @@ from moondream2.charts import PALETTE, decimals, percent
 from moondream2.files import write_text
 from moondream2.modeling_moondream2 import Answer, upright_rgb
 from moondream2.pictures import PictureError, open_picture
-from moondream2.scoring import METRICS, mean
+from moondream2.scoring import METRICS, baseline_accuracy, mean
 from moondream2.summary import counted, left_out_by_reason, summarize
 from moondream2.verdict import (
     accuracy_of,
@@ -142,6 +142,16 @@ def facts(title, constants, summary, history, kept_epoch, sets, skipped, left_ou
     }
 
 
+def sets_of(progress, train, valid, test=None) -> list[dict]:
+    """A run's answers to the validation questions and, where there is a test file, to its own: the sets of `facts`."""
+    sets = [{"name": "validation", "predictions": predictions(valid, progress.answers_before, progress.answers_best)}]
+    if test:
+        baseline = baseline_accuracy(train.examples, test.examples)
+        answers = predictions(test, progress.test_before, progress.test_best)
+        sets.append({"name": "test", "predictions": answers, "baseline": baseline})
+    return sets
+
+
 def facts_of_run(constants, progress, train, valid, sets, device, test=None) -> dict:
     """`facts` of a run that has come to its end."""
     return facts(
@@ -188,7 +198,7 @@ def write_report(path: Path, run: dict) -> None:
         filters=filters(run, scores),
         headline=headline(run, scores),
         result_warnings=list(result_warnings(scores)),
-        charts=list(charts.of_epochs(run, scores["baseline"])) if scores["is_trained"] else [],
+        charts=list(charts.of_epochs(run)) if scores["is_trained"] else [],
         pictures=pictures,
         cards={(picture["set"], picture["file"]): picture for picture in pictures},
         most_evidence=MOST_EVIDENCE,

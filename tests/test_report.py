@@ -460,7 +460,7 @@ def test_two_sets_stand_apart(open_page, streets):
     """The verdict is the test set's, and the validation set's is said to look better than it is."""
     test = [{**each, "image_path": f"test/{i}.png", "after_correct": i > 6} for i, each in enumerate(streets)]
     run = make_run(streets)
-    run["sets"].append({"name": "test", "predictions": test})
+    run["sets"].append({"name": "test", "predictions": test, "baseline": 0.3})
     page = open_page(run)
     text = page.find_element(By.TAG_NAME, "header").text
     assert (
@@ -468,7 +468,9 @@ def test_two_sets_stand_apart(open_page, streets):
         in text
     )
     assert "which tends to look better than it is, as the epoch was chosen by them" in text
-    assert "Accuracy, test questions\n56.2%" in text and "Baseline" not in text
+    assert "Accuracy, test questions\n56.2%" in text and "Baseline\n30.0%" in text
+    curve = page.find_elements(By.CSS_SELECTOR, "section:has(#training) .chart")[1]
+    assert "baseline: 40.0%" in curve.accessible_name  # of the validation, as is the curve
     assert shown(page, "h2")[:3] == ["What kind of mistakes", "How sure an answer is", "The validation questions"]
     page.find_element(By.CSS_SELECTOR, ".more > summary").click()
     assert [each.split()[3] for each in shown(page, ".mistakes p:nth-child(2)")] == ["No.", "No."]

@@ -108,6 +108,9 @@ def test_card_and_page_tell_of_it_apart(flags, run_main):
         assert f"| {when} | {record['test_loss']:.4f} | {record['test_accuracy']:.1%} |" in card
     assert f'Test <span class="mono muted">{flags["test_file"]}</span>' in page
     assert all(each["source"] in page for each in lines_of(folder / "test_predictions.jsonl"))
+    train, valid, test = (dataset(flags[f"{name}_file"]).examples for name in ("train", "valid", "test"))
+    assert baseline_accuracy(train, test) == 0.0 < baseline_accuracy(train, valid)
+    assert "without a look at the picture, scores 0.0%" in page
 
 
 RECORDS = [
@@ -281,6 +284,7 @@ def test_progress_keeps_its_answers():
     assert not progress.is_tested
     progress.enter_test(2.0, 0.25, {"0123": Answer("No", 0.5, True)})
     assert progress.history == [{"epoch": 0, "test_loss": 2.0, "test_accuracy": 0.25}, {"epoch": 1}]
+    assert not progress.is_tested and progress.goes_on(2, None)
     progress.best_epoch = 1
     assert not progress.is_tested and progress.goes_on(2, None)
     progress.enter_test(math.inf, 0.5, {"0123": Answer("Yes", 0.75, False)})
