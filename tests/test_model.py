@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moondream2 import modeling_moondream2
@@ -366,7 +368,7 @@ def test_in_bfloat16_positions_are_told_apart(model):
 def test_in_bfloat16_the_loss_is_that_of_its_logits_in_float32(model):
     ids = torch.arange(5, 45)[None]
     out = model.bfloat16()(input_ids=ids, labels=ids)
-    expected = torch.nn.functional.cross_entropy(out.logits[0, :-1].double(), ids[0, 1:])
+    expected = F.cross_entropy(out.logits[0, :-1].double(), ids[0, 1:])
     assert out.loss.dtype == torch.float32 and out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -384,10 +386,71 @@ def kept_for_the_backward_pass(module, *inputs):
         return out, [size for place, size in kept.items() if place not in mine]
 
 
+class GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)) whose backward pass is written out: nothing is left to autograd."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = torch.ops.aten.gelu_backward(grad @ weight, x, approximate="tanh")
+        grad = grad.flatten(0, -2)
+        return grad_x, grad.T @ F.gelu(x, approximate="tanh").flatten(0, -2), grad.sum(0)
+
+
+def gradients(f, module, x):
+    """What f(x) is, and the gradients of its sum's square by x and the module's parameters."""
+    module.zero_grad()
+    x = x.detach().requires_grad_()
+    out = f(x)
+    out.float().square().sum().backward()
+    return [out.detach(), x.grad, *(parameter.grad.clone() for parameter in module.parameters())]
+
+
+@pytest.mark.parametrize("shape", [(2, 50), (100,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gelu_computed_again_gives_the_same_bits(model, dtype, shape):
+    mlp, x = model.text_model.transformer.h[0].mlp.to(dtype), torch.randn(*shape, 192).to(dtype)
+    got = gradients(mlp, mlp, x)
+    expected = gradients(lambda x: GeluLinear.apply(mlp.fc1(x), mlp.fc2.weight, mlp.fc2.bias), mlp, x)
+    checkpointed = gradients(lambda x: checkpoint(mlp, x, use_reentrant=False), mlp, x)
+    for each, right, again in zip(got, expected, checkpointed, strict=True):
+        assert torch.equal(each, right) and torch.equal(again, right)
+
+
+def bytes_left(f):
+    """What f returns, and the bytes that it allocated and did not free."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = f()
+    return out, sum(event.self_cpu_memory_usage for event in profile.events())
+
+
 def test_an_mlp_keeps_what_goes_into_its_activation_and_not_what_comes_out(model):
-    mlp, x = model.text_model.transformer.h[0].mlp, torch.randn(1, 50, model.config.text_config.hidden_size)
-    _, kept = kept_for_the_backward_pass(mlp, x)
-    assert kept == [50 * model.config.text_config.intermediate_size * 4]
+    config, x = model.config.text_config, torch.randn(1, 50, 192, requires_grad=True)
+    mlp = model.text_model.transformer.h[0].mlp
+    _, left = bytes_left(lambda: mlp(x))
+    assert left == 50 * (config.intermediate_size + config.hidden_size) * 4  # fc1's output, and fc2's
+    _, left = bytes_left(lambda: checkpoint(mlp, x, use_reentrant=False, preserve_rng_state=False))
+    assert left == 50 * config.hidden_size * 4  # fc2's
+
+
+def test_text_model_compiles_in_one_graph_forward_and_backward(model):
+    text_model, ids = model.text_model.train(), torch.arange(5, 45).view(2, 20)
+    text_model.transformer.h = text_model.transformer.h[-1:]  # a layer, to be quick
+    text_model.transformer.h[0].mixer.layer = 0
+    compiled = torch.compile(text_model, backend="aot_eager", fullgraph=True)
+    results = []
+    for each in (text_model, compiled):
+        text_model.zero_grad()
+        loss = each(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append([loss, *(parameter.grad.clone() for parameter in text_model.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_does_not_keep_queries_keys_and_values_as_they_were(model):
