@@ -362,12 +362,15 @@ def test_a_question_about_a_picture_is_asked_in_one_line(model, tokenizer):
 
 
 @pytest.mark.parametrize(("stored", "tokens"), [(3, 3), (None, 256)])
-def test_an_answers_length_is_stored_with_the_model(model, tmp_path, stored, tokens):
+def test_an_answers_length_is_stored_with_the_model(model, tokenizer, tmp_path, stored, tokens):
     model.generation_config.max_new_tokens = stored
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    ((answer, _),) = again.generate_ids(again.encode_image(picture()), [[[5, 6, 7]]], bos=0, eos=-2)[0]
+    image = again.encode_image(picture())
+    ((answer, _),) = again.generate_ids(image, [[[5, 6, 7]]], bos=0, eos=-2)[0]
     assert len(answer) == tokens
+    short, by_generate = (again.answer_question(image, QUESTION, tokenizer, **each) for each in ({}, {"num_beams": 1}))
+    assert short == by_generate
 
 
 def test_a_new_token_costs_one_tokens_work(model, tokenizer):
