@@ -8,6 +8,8 @@ Sources: SigLIP (https://arxiv.org/abs/2303.15343), Phi-1.5 (https://arxiv.org/a
 (https://arxiv.org/abs/2104.09864).
 """
 
+import weakref
+from functools import cached_property, wraps
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +18,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     DynamicCache,
     GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: the defaults are the released model
@@ -68,6 +73,7 @@ class MoondreamTextConfig(PretrainedConfig):
     }
 
     def __init__(self, **kwargs):
+        kwargs["tie_word_embeddings"] = False
         super().__init__(**{**self.defaults, **kwargs})
 
 
@@ -75,6 +81,9 @@ class MoondreamConfig(PretrainedConfig):
     """Moondream2. `text_config` and `vision_config` take a dictionary of the fields that differ from the release."""
 
     model_type = "moondream1"
+    # What transformers once set in any configuration, people still give to `from_pretrained`.
+    pad_token_id = bos_token_id = eos_token_id = None
+    use_cache = True
     sub_configs = {"text_config": MoondreamTextConfig, "vision_config": MoondreamVisionConfig}
 
     def __init__(self, text_config=None, vision_config=None, region_features=256, **kwargs):
@@ -166,33 +175,46 @@ def preprocess(image, image_size=378, tile_from=512):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class GeluLinear(torch.autograd.Function):
-    """linear(gelu(x)) that computes gelu(x) again in the backward pass: a quarter less to keep of a training step."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            activated = F.gelu(x, approximate="tanh")
-        (grad_x,) = torch.autograd.grad(activated, x, grad @ weight)
-        grad = grad.flatten(0, -2)
-        return grad_x, grad.T @ activated.detach().flatten(0, -2), grad.sum(0)
-
-
 class MLP(nn.Module):
+    """fc2(gelu(fc1(x))), which keeps GELU's input and not its output: a quarter less to keep of a training step."""
+
     def __init__(self, in_features, hidden_features, out_features):
         super().__init__()
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, out_features)
+        self.gradient_checkpointing = False  # True by transformers where the whole layer is computed again
 
     def forward(self, x):
-        return GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
+        x = self.fc1(x)
+        activated = F.gelu(x, approximate="tanh")
+        # A compiler decides by itself what it computes again, and a layer that is computed again keeps nothing.
+        if not x.requires_grad or self.gradient_checkpointing or torch.compiler.is_compiling():
+            return self.fc2(activated)
+        with gelu_again(activated, x):
+            return self.fc2(activated)
+
+
+def gelu_again(activated, x):
+    """Within it, `activated` = gelu(x) is not kept for the backward pass: there it is computed again, of `x`."""
+    x = Keep.apply(x).grad_fn
+    activated = weakref.ref(activated)  # autograd holds on to `pack`
+
+    def pack(tensor):
+        return tensor.shape if tensor is activated() or tensor._base is activated() else tensor
+
+    def unpack(kept):
+        return kept if torch.is_tensor(kept) else F.gelu(*x.saved_tensors, approximate="tanh").view(kept)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+class Keep(torch.autograd.Function):
+    """Keeps a tensor as any layer would, that is, in the hands of a checkpoint around it, if there is one."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.save_for_backward(tensor)
+        return tensor.new_empty(0)
 
 
 class VisionAttention(nn.Module):
@@ -222,11 +244,22 @@ class VisionBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class PatchLinear(nn.Module):
+    """nn.Linear by another name, which no quantizer takes: its 588 inputs are not a multiple of what theirs want."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.weight, self.bias = nn.Linear(in_features, out_features).parameters()
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
 class PatchEmbed(nn.Module):
     def __init__(self, patch_size, width):
         super().__init__()
         self.patch_size = patch_size
-        self.linear = nn.Linear(3 * patch_size**2, width)
+        self.linear = PatchLinear(3 * patch_size**2, width)
 
     def forward(self, x):  # (b, 3, 378, 378) -> (b, 729, width)
         p = self.patch_size
@@ -249,6 +282,11 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
 
+def device_of(parameter):
+    """Where what meets it is put: the CPU where accelerate has offloaded it, and moves both when they meet."""
+    return torch.device("cpu") if parameter.is_meta else parameter.device
+
+
 class VisionEncoder(nn.Module):
     """The whole picture and its tiles through one ViT; both views of a place, side by side, into the text's width."""
 
@@ -267,10 +305,10 @@ class VisionEncoder(nn.Module):
     def forward(self, images):
         """A PIL image, a list of PIL images or preprocessed tensors, or a tensor (b, 3, h, w) -> (b, 729, 2048)."""
         images = [images] if isinstance(images, Image.Image) else images
-        weight = self.projection.mlp.fc1.weight
+        like = self.encoder.model.visual.pos_embed  # not a layer's weight, which may be quantized
         pixels = [x if torch.is_tensor(x) else self.preprocess(x) for x in images]
         # CUDA keeps what it copies from until it has; other devices may not.
-        pixels = [x.to(weight.device, weight.dtype, non_blocking=weight.is_cuda) for x in pixels]
+        pixels = [x.to(device_of(like), like.dtype, non_blocking=like.is_cuda) for x in pixels]
         whole = torch.cat([self._resize(x[None], self.image_size) for x in pixels])
         tiles = [self._tiles(x) for x in pixels]
         features = self.encoder.model.visual(torch.cat([whole, *tiles]))
@@ -317,10 +355,20 @@ def rotate(x, cos, sin):
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
 
 
+def eager_attention(q, k, v, attn_mask, is_causal):
+    """What F.scaled_dot_product_attention computes, written out; `attn_mask` is boolean."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
 class TextAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.heads, self.layer = config.num_attention_heads, layer
+        self.config, self.heads, self.layer = config, config.num_attention_heads, layer
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -330,7 +378,8 @@ class TextAttention(nn.Module):
         v = v.contiguous()  # a view would keep all of Wqkv's output alive until the backward pass
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
+        attend = eager_attention if self.config._attn_implementation == "eager" else F.scaled_dot_product_attention
+        x = attend(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
         return self.out_proj(at(positions, rearrange(x, "b h t d -> b t (h d)")))
 
 
@@ -370,10 +419,33 @@ def attention_mask_4d(mask, tokens, past, device):
     return (causal & mask.bool()[:, None, None, :]) | itself
 
 
-class TextModel(nn.Module):
+class Pretrained(PreTrainedModel):
+    """What both models here say of themselves to transformers, accelerate and peft."""
+
+    _supports_sdpa = True
+    _supports_flash_attn = _supports_flash_attn_2 = True  # by the kernel of torch's own, which SDPA takes where it can
+    _supports_cache_class = True
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TextBlock", "VisionBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        attn_implementation = "sdpa" if attn_implementation == "flash_attention_2" else attn_implementation
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @classmethod
+    def _check_and_enable_flash_attn_2(cls, config, **kwargs):  # the same, in older releases of transformers
+        config._attn_implementation = "sdpa"
+        return config
+
+
+class TextModel(Pretrained, GenerationMixin):
+    """Phi-1.5, of which transformers' `generate` takes token ids or embeddings."""
+
+    config_class = MoondreamTextConfig
+
     def __init__(self, config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.hidden_size
         self.transformer = nn.ModuleDict(
             {
@@ -385,10 +457,15 @@ class TextModel(nn.Module):
             {"ln": nn.LayerNorm(width, eps=config.layer_norm_eps), "linear": nn.Linear(width, config.vocab_size)}
         )
         self.gradient_checkpointing = False
+        self.post_init()
 
     def get_input_embeddings(self):
         return self.transformer.embd.wte
 
+    def get_output_embeddings(self):
+        return self.lm_head.linear
+
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -400,7 +477,10 @@ class TextModel(nn.Module):
         use_cache=False,
         labels=None,
         num_items_in_batch=None,
+        logits_to_keep=0,
+        output_hidden_states=None,
         answer_positions=None,
+        **kwargs,
     ):
         """Logits (batch, tokens, vocabulary) and, with labels, their cross-entropy in float32.
 
@@ -412,23 +492,29 @@ class TextModel(nn.Module):
             past_key_values: a transformers Cache to go on from; `use_cache` alone starts one.
             labels: (batch, tokens), as in transformers: -100 where nothing is to be learned, not shifted.
             num_items_in_batch: what the summed loss is divided by. Without it, the number of labels.
+            logits_to_keep: of the last so many tokens only; 0 for all. Not to be given with labels.
+            output_hidden_states: returns what each layer was given, and what `lm_head.linear` is.
             answer_positions: (n,) of the batch x tokens positions, counted through. Only these leave the last layer's
                 attention for its MLP and `lm_head`, and logits are (n, vocabulary). Not to be given with labels.
+            kwargs: what transformers hands to any model and this one has no use for, such as `cache_position`.
         """
         x = self.transformer.embd.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if image_embeds is not None:
-            x = torch.cat([x[:, :1], image_embeds.to(x.dtype), x[:, 1:]], dim=1)
+            x = torch.cat([x[:, :1], image_embeds.to(x.device, x.dtype), x[:, 1:]], dim=1)
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         past = 0 if cache is None else cache.get_seq_length()
-        x = self._hidden_states(x, attention_mask, position_ids, cache, past, answer_positions)
-        logits, loss = self.lm_head.linear(self.lm_head.ln(x)), None
+        states = [] if output_hidden_states else None
+        x = self._hidden_states(x, attention_mask, position_ids, cache, past, answer_positions, states)
+        x = self.lm_head.ln(x)
+        logits, loss = self.lm_head.linear(x[:, -logits_to_keep:]), None  # all of x where it is 0
         if labels is not None:
-            predicted, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            predicted, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
             items = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = F.cross_entropy(predicted, labels, reduction="sum") / items
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        states = states and (*states, x)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)
 
-    def _hidden_states(self, x, attention_mask, position_ids, cache, past, answer_positions):
+    def _hidden_states(self, x, attention_mask, position_ids, cache, past, answer_positions, states):
         tokens = x.shape[1]
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
@@ -437,6 +523,8 @@ class TextModel(nn.Module):
         cos, sin = rotary_angles(position_ids, self.config.rotary_dim, self.config.rotary_theta)
         mask = attention_mask_4d(attention_mask, tokens, past, x.device)
         for block in self.transformer.h:
+            if states is not None:
+                states.append(x)
             positions = answer_positions if block is self.transformer.h[-1] else None
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(block.__call__, x, cos, sin, mask, None, positions)
@@ -463,6 +551,8 @@ class RegionModel(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Moondream
 # ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE = "<image>"  # the picture's place in a prompt that `generate` or `input_embeds` is given
 
 
 def prompt_text(question, chat_history=""):
@@ -556,12 +646,15 @@ def row_mask(document_ids, queries=None):
     return causal & ((keys == 0) | (keys == document_ids[:, None, :, None]))
 
 
-class Moondream(PreTrainedModel, GenerationMixin):
-    """Moondream2: `vision_encoder`, `text_model`, and `region_model`, which is only carried along."""
+class Moondream(Pretrained, GenerationMixin):
+    """Moondream2: `vision_encoder`, `text_model`, and `region_model`, which is only carried along.
+
+    Below, `image_embeds` are pictures encoded by `encode_image`. An answer has `max_new_tokens` tokens at most; where
+    that is not given, as many as generation_config.json says, or 256. `kwargs` are arguments of transformers'
+    `generate`, such as num_beams or streamer; without any, answers are decoded greedily, all at once.
+    """
 
     config_class = MoondreamConfig
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["TextBlock", "VisionBlock"]
 
     def __init__(self, config):
         super().__init__(config)
@@ -573,21 +666,43 @@ class Moondream(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self):
         return self.text_model.get_input_embeddings()
 
+    def get_output_embeddings(self):
+        return self.text_model.get_output_embeddings()
+
+    @wraps(TextModel.forward)
     def forward(self, *args, **kwargs):
         return self.text_model(*args, **kwargs)
 
     @torch.no_grad()
     def encode_image(self, image):
-        """A picture, a list of them or a preprocessed tensor -> image embeddings (pictures, 729, 2048)."""
-        return self.vision_encoder(image)
+        """A picture, a list of them or a preprocessed tensor -> image embeddings (pictures, 729, 2048).
 
-    def answer_question(self, image_embeds, question, tokenizer, chat_history="", max_new_tokens=None):
-        """The answer to a question about one encoded picture (1, 729, 2048), decoded greedily.
-
-        Here and below an answer has `max_new_tokens` tokens at most; where that is not given, as many as
-        generation_config.json says, or 256.
+        Embeddings are given back, so that `query` and `caption` take pictures that are encoded already.
         """
-        return self._answer(image_embeds, [[prompt_text(question, chat_history)]], tokenizer, max_new_tokens)[0][0].text
+        return image if torch.is_tensor(image) and image.dim() == 3 else self.vision_encoder(image)
+
+    def query(self, image, question, tokenizer=None, max_new_tokens=None):
+        """{"answer": its text, "probability": of the whole of it}, for a question about a picture."""
+        embeds, tokenizer = self.encode_image(image), tokenizer or self._tokenizer
+        ((answer,),) = self.answer_questions(embeds, [[question]], tokenizer, max_new_tokens, return_probabilities=True)
+        return {"answer": answer.text, "probability": answer.probability}
+
+    def answer_question(
+        self,
+        image_embeds,
+        question,
+        tokenizer,
+        chat_history="",
+        result_queue=None,
+        max_new_tokens=None,
+        **kwargs,
+    ):
+        """The answer to a question about one encoded picture (1, 729, 2048); `result_queue` gets it as well."""
+        prompt = prompt_text(question, chat_history)
+        (answer,) = self._answer_each(image_embeds, [prompt], tokenizer, max_new_tokens, kwargs)
+        if result_queue is not None:
+            result_queue.put(answer)
+        return answer
 
     def answer_questions(self, image_embeds, questions, tokenizer, max_new_tokens=None, return_probabilities=False):
         """For each encoded picture a list of questions -> for each a list of answers; a picture is read only once.
@@ -598,18 +713,60 @@ class Moondream(PreTrainedModel, GenerationMixin):
         rows = self._answer(image_embeds, prompts, tokenizer, max_new_tokens)
         return rows if return_probabilities else [[answer.text for answer in row] for row in rows]
 
-    def batch_answer(self, images, prompts, tokenizer, max_new_tokens=None):
+    def batch_answer(self, images, prompts, tokenizer, max_new_tokens=None, **kwargs):
         """The answers to one question for each picture."""
-        questions = [[question] for question in prompts]
-        rows = self.answer_questions(self.encode_image(images), questions, tokenizer, max_new_tokens)
-        return [answer for (answer,) in rows]
+        prompts = [prompt_text(question) for question in prompts]
+        return self._answer_each(self.encode_image(images), prompts, tokenizer, max_new_tokens, kwargs)
 
-    def caption(self, images, tokenizer, length=None, max_new_tokens=512):
+    def caption(self, images, tokenizer=None, length=None, max_new_tokens=512, **kwargs):
         """A caption for each picture, a short one with length="short"."""
         image_embeds = self.encode_image(images)
         prompt = "\n\nShort caption:" if length == "short" else "\n\nCaption:"
-        rows = self._answer(image_embeds, [[prompt]] * len(image_embeds), tokenizer, max_new_tokens)
-        return [answer.text for (answer,) in rows]
+        prompts = [prompt] * len(image_embeds)
+        return self._answer_each(image_embeds, prompts, tokenizer or self._tokenizer, max_new_tokens, kwargs)
+
+    def _answer_each(self, image_embeds, prompts, tokenizer, max_new_tokens, kwargs):
+        """A text for each picture's prompt."""
+        if not kwargs:
+            rows = self._answer(image_embeds, [[prompt] for prompt in prompts], tokenizer, max_new_tokens)
+            return [answer.text for (answer,) in rows]
+        most = self._most_new_tokens(max_new_tokens)
+        return [
+            self.generate(embeds[None], f"{IMAGE}{prompt}", tokenizer, most, **kwargs)[0].strip()
+            for embeds, prompt in zip(image_embeds, prompts, strict=True)
+        ]
+
+    def input_embeds(self, prompt, image_embeds, tokenizer):
+        """BOS and a prompt as embeddings (1, tokens, width), with a picture (1, 729, width) where `<image>` stands."""
+        before, image, after = prompt.partition(IMAGE)
+        before, after = token_ids([before, after], tokenizer)
+        wte = self.get_input_embeddings()
+        ids = [tokenizer.bos_token_id, *before], after
+        ids = (torch.tensor([each], dtype=torch.long, device=device_of(wte.weight)) for each in ids)
+        before, after = map(wte, ids)
+        return torch.cat([before, image_embeds.to(before), after] if image else [before], dim=1)
+
+    def generate(self, image_embeds=None, prompt=None, tokenizer=None, max_new_tokens=128, **kwargs):
+        """A list of the texts that transformers' `generate` writes behind a prompt, see `input_embeds`.
+
+        Without a prompt it is that `generate` itself, as transformers' own tools call it.
+        """
+        if prompt is None:
+            return super().generate(image_embeds, max_new_tokens=max_new_tokens, **kwargs)
+        embeds, end = self.input_embeds(prompt, image_embeds, tokenizer), tokenizer.eos_token_id
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        settings = {"eos_token_id": end, "pad_token_id": end, "max_new_tokens": max_new_tokens, **kwargs}
+        ids = super().generate(inputs_embeds=embeds, attention_mask=mask, **settings)
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def _tokenizer(self):
+        """The one beside the weights, in the folder or repository that they came from."""
+        revision = getattr(self.config, "_commit_hash", None)
+        return AutoTokenizer.from_pretrained(self.name_or_path, revision=revision, trust_remote_code=False)
+
+    def _most_new_tokens(self, asked_for):
+        return asked_for or self.generation_config.max_new_tokens or MAX_NEW_TOKENS
 
     def _answer(self, image_embeds, prompts, tokenizer, max_new_tokens):
         ids = [token_ids(row, tokenizer) for row in prompts]
@@ -626,12 +783,12 @@ class Moondream(PreTrainedModel, GenerationMixin):
         Returns:
             for each row a list of what `decode` says of an answer.
         """
-        device = self.get_input_embeddings().weight.device
+        device = device_of(self.get_input_embeddings().weight)
         rows = lay_out_rows([[(prompt, []) for prompt in row] for row in prompts], bos, image_embeds.shape[1])
         rows = {name: tensor.to(device) for name, tensor in rows.items()}
-        out = self.text_model(
+        out = self(
             input_ids=rows["input_ids"],
-            image_embeds=image_embeds.to(device),
+            image_embeds=image_embeds,
             attention_mask=row_mask(rows["document_ids"]),
             position_ids=rows["position_ids"],
             answer_positions=rows["prompt_ends"].clamp(min=0).flatten(),
@@ -655,7 +812,7 @@ class Moondream(PreTrainedModel, GenerationMixin):
             for each row a list of (token ids, probability of all of them): `eos` is the last unless the answer was
             cut, after `max_new_tokens` or at the last position; no ids where none was wanted.
         """
-        most = max_new_tokens or self.generation_config.max_new_tokens or MAX_NEW_TOKENS
+        most = self._most_new_tokens(max_new_tokens)
         ends = rows["prompt_ends"]
         done = ends < 0 if asked is None else (ends < 0) | ~asked
         position_ids = rows["position_ids"].flatten()[ends.clamp(min=0)] + 1
@@ -672,7 +829,7 @@ class Moondream(PreTrainedModel, GenerationMixin):
             if len(answers) == most or done.all():
                 break
             document_ids = torch.cat([document_ids, questions], dim=1)
-            out = self.text_model(
+            out = self(
                 input_ids=token,  # what comes after an answer's end is read, and not used
                 attention_mask=row_mask(document_ids, questions),
                 position_ids=position_ids,

@@ -141,6 +141,11 @@ def check(words, monkeypatch):
         case ["pip", "install", *packages]:
             lists = [after for word, after in zip(packages, packages[1:], strict=False) if word == "-r"]
             assert all((ROOT / each).is_file() for each in lists)
+        case ["hf", "upload", _, folder, ".", *flags]:
+            assert folder == Path(script.OUTPUT_DIR).name
+            assert {*flags} <= {"--private", "--exclude", *NAMES}
+        case ["hf", "auth", "login"]:
+            pass
         case ["hf", "download", *flags]:
             assert flags[:3] == [script.MODEL_ID, "--revision", script.REVISION]
         case ["llama-server", *flags]:

@@ -140,6 +140,14 @@ def test_greedy_tokens(text_model):
     assert ids == [token for token, _ in TEXT["greedy_after_question_a [token, margin]"]]
 
 
+def test_greedy_tokens_of_transformers_own_generate(text_model):
+    image = fill("image_embeds.a", (1, 729, 2048), scale=0.5)
+    embeds = text_model.get_input_embeddings()(torch.tensor([[BOS, *TEXT["question_a"]]]))
+    embeds = torch.cat([embeds[:, :1], image, embeds[:, 1:]], dim=1)
+    ids = text_model.generate(inputs_embeds=embeds, max_new_tokens=8, do_sample=False, eos_token_id=BOS)
+    assert ids[0].tolist() == [token for token, _ in TEXT["greedy_after_question_a [token, margin]"]]
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_gradient_norms(text_model, gradient_checkpointing):
     text_model.train(gradient_checkpointing)

@@ -5,14 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 
 from moondream2 import modeling_moondream2
 from moondream2.modeling_moondream2 import lay_out_rows, preprocess, prompt_text, row_mask, upright_rgb
@@ -224,16 +229,148 @@ def test_answers_are_no_longer_than_asked_for(model, tokenizer, monkeypatch):
     model.answer_questions(embeds, [["Why?"]], tokenizer, max_new_tokens=2)
     model.batch_answer([picture()], ["Why?"], tokenizer, max_new_tokens=3)
     model.caption([picture()], tokenizer, max_new_tokens=4)
-    assert most == [1, 2, 3, 4]
+    model.query(picture(), "Why?", tokenizer, 5)
+    assert most == [1, 2, 3, 4, 5]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The release's methods, and transformers' own
+# ---------------------------------------------------------------------------------------------------------------------
+
+QUESTION = QUESTIONS[0][1]
+PROMPT = f"<image>{prompt_text(QUESTION)}"
+
+
+def embeds_of(model, tokenizer, before, image_embeds, after):
+    """BOS, a text, a picture and a text as embeddings, put together by hand."""
+    ids = [[tokenizer.bos_token_id, *tokenizer(before).input_ids], tokenizer(after).input_ids]
+    first, last = (model.text_model.transformer.embd.wte(torch.tensor([each], dtype=torch.long)) for each in ids)
+    return torch.cat([first, image_embeds, last], dim=1)
+
+
+def test_a_prompt_becomes_embeddings_with_the_picture_where_it_stands(model, tokenizer):
+    image = model.encode_image(picture())
+    for before in ("", "Look: "):
+        expected = embeds_of(model, tokenizer, before, image, "\n\nWhy?")
+        assert torch.equal(model.input_embeds(f"{before}<image>\n\nWhy?", image, tokenizer), expected)
+    assert torch.equal(model.input_embeds("Why?", image, tokenizer)[:, 1:], expected[:, -len(tokenizer("Why?")[0]) :])
+
+
+def test_what_a_question_says_is_text_in_a_prompt_too(model, tokenizer):
+    image = model.encode_image(picture())
+    embeds = model.input_embeds("<image> <image><|endoftext|>", image, tokenizer)
+    ids = tokenizer(" <image><|endoftext|>", split_special_tokens=True).input_ids
+    assert tokenizer.eos_token_id not in ids and embeds.shape[1] == 1 + image.shape[1] + len(ids)
+
+
+def test_logits_behind_a_prompt_are_the_chances_of_its_answers(model, tokenizer):
+    """As scripts compare " Yes" with " No"."""
+    image = model.encode_image(picture())
+    with torch.no_grad():
+        logits = model.text_model(inputs_embeds=model.input_embeds(PROMPT, image, tokenizer)).logits[0, -1]
+    ids = tokenizer(prompt_text(QUESTION)).input_ids
+    (((_, probability),),) = model.generate_ids(image, [[ids]], bos=0, eos=0, max_new_tokens=1)
+    assert logits.softmax(0).max().item() == pytest.approx(probability, rel=1e-4)
+
+
+ARGUMENTS = [
+    {"num_beams": 3},
+    {"do_sample": True, "temperature": 1.7},
+    {"no_repeat_ngram_size": 1},
+    {"num_beams": 2, "length_penalty": -3.0},
+    {"do_sample": False},
+]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_each_way_to_ask_hands_on_what_transformers_generate_takes(model, tokenizer, arguments):
+    image, end = model.encode_image(picture()), tokenizer.eos_token_id
+    arguments = {"max_new_tokens": 12, **arguments}
+
+    def expected(after, most=12):
+        torch.manual_seed(1)
+        ids = model.text_model.generate(
+            inputs_embeds=embeds_of(model, tokenizer, "", image, after),
+            attention_mask=torch.ones(1, 1 + image.shape[1] + len(tokenizer(after).input_ids)),
+            eos_token_id=end,
+            pad_token_id=end,
+            **arguments,
+        )
+        return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+    def got(method, *inputs):
+        torch.manual_seed(1)
+        return getattr(model, method)(*inputs, tokenizer, **arguments)
+
+    answer = expected(prompt_text(QUESTION))
+    assert got("generate", image, PROMPT) == [answer]
+    assert got("answer_question", image, QUESTION) == answer.strip()
+    assert got("batch_answer", [picture()], [QUESTION]) == [answer.strip()]
+    assert got("caption", [picture()]) == [expected("\n\nCaption:").strip()]
+    if arguments.get("do_sample") is False:
+        assert answer.strip() == naive_answer(model, tokenizer, image, prompt_text(QUESTION), 12)[0]
+
+
+def test_generate_gives_a_list_of_texts(model, tokenizer):
+    image = model.encode_image(picture())
+    assert len(set(model.generate(image, PROMPT, tokenizer, num_beams=3, num_return_sequences=3))) == 3
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    (text,) = model.generate(image, PROMPT, tokenizer, eos_token_id=-1)
+    assert len(passes) == 128 and text.startswith(" ")
+
+
+def test_without_a_prompt_generate_is_transformers_own(model):
+    ids = torch.tensor([[0, 5, 6, 7]])
+    got = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(got, model.text_model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
+    assert got[0, :4].tolist() == ids[0].tolist() and got.shape == (1, 9)
+
+
+def test_texts_of_a_padded_batch_are_those_alone(model):
+    texts, options = [[5, 6, 7, 8], [9, 10]], {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    batch, mask = torch.tensor([texts[0], [0, 0, *texts[1]]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    together = model.text_model.generate(batch, attention_mask=mask, **options)[:, 4:].tolist()
+    assert together == [model.text_model.generate(torch.tensor([each]), **options)[0, -6:].tolist() for each in texts]
+
+
+def test_an_answer_is_streamed_and_put_into_a_queue(model, tokenizer):
+    class Streamer(BaseStreamer):
+        def __init__(self):
+            self.ids = []
+
+        def put(self, value):
+            self.ids += value.flatten().tolist()
+
+        def end(self):
+            self.ids.append(None)
+
+    streamer, queue, image = Streamer(), Queue(), model.encode_image(picture())
+    answer = model.answer_question(image, QUESTION, tokenizer, "", queue, 24)
+    assert queue.get_nowait() == answer
+    model.answer_question(image, QUESTION, tokenizer, streamer=streamer, max_new_tokens=24)
+    *ids, last = streamer.ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == answer and last is None
+
+
+def test_a_question_about_a_picture_is_asked_in_one_line(model, tokenizer):
+    expected, probability = naive_answer(model, tokenizer, model.encode_image(picture()), prompt_text(QUESTION), 24)
+    for image in (picture(), model.encode_image(picture())):
+        answer = model.query(image, QUESTION)
+        assert answer == {"answer": expected, "probability": pytest.approx(probability, rel=1e-4)}
+    assert model.caption(picture()) == model.caption([picture()], tokenizer)
 
 
 @pytest.mark.parametrize(("stored", "tokens"), [(3, 3), (None, 256)])
-def test_an_answers_length_is_stored_with_the_model(model, tmp_path, stored, tokens):
+def test_an_answers_length_is_stored_with_the_model(model, tokenizer, tmp_path, stored, tokens):
     model.generation_config.max_new_tokens = stored
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    ((answer, _),) = again.generate_ids(again.encode_image(picture()), [[[5, 6, 7]]], bos=0, eos=-2)[0]
+    image = again.encode_image(picture())
+    ((answer, _),) = again.generate_ids(image, [[[5, 6, 7]]], bos=0, eos=-2)[0]
     assert len(answer) == tokens
+    short, by_generate = (again.answer_question(image, QUESTION, tokenizer, **each) for each in ({}, {"num_beams": 1}))
+    assert short == by_generate
 
 
 def test_a_new_token_costs_one_tokens_work(model, tokenizer):
@@ -346,6 +483,98 @@ def test_a_transparent_palette_is_on_white():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# As any model of transformers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_standard_arguments_give_standard_results(model):
+    ids, text_model = torch.arange(5, 45).view(2, 20), model.text_model
+    given = []
+    for block in text_model.transformer.h:
+        block.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    out = model(input_ids=ids, labels=ids, output_hidden_states=True, output_attentions=None, return_dict=None)
+    assert out.logits.shape == (2, 20, model.config.text_config.vocab_size)
+    assert all(torch.equal(*each) for each in zip(out.hidden_states, given, strict=False))
+    assert len(out.hidden_states) == 1 + len(given)
+    assert torch.equal(text_model.lm_head.linear(out.hidden_states[-1]), out.logits)
+    loss, logits = model(input_ids=ids, labels=ids, return_dict=False)
+    assert loss == out.loss and torch.equal(logits, out.logits)
+    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=3).logits, out.logits[:, -3:])
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "is_run"), [("eager", "eager"), ("sdpa", "sdpa"), ("flash_attention_2", "sdpa"), (None, "sdpa")]
+)
+def test_attention_is_the_one_that_was_asked_for(model, tokenizer, monkeypatch, asked_for, is_run):
+    """flash_attention_2 is one of the kernels of SDPA, torch's own: nothing has to be installed for it."""
+    options = {"attn_implementation": asked_for} if asked_for else {}
+    asked = AutoModelForCausalLM.from_pretrained(TINY, **options, **{DTYPE: torch.float32}).eval()
+    assert asked.config._attn_implementation == asked.text_model.config._attn_implementation == is_run
+    embeds = model.encode_image([picture(), picture((640, 480), "red"), picture((200, 300), "navy")])
+    expected = model.answer_questions(embeds, QUESTIONS, tokenizer, 24, return_probabilities=True)
+    ids, mask = torch.arange(5, 45).view(2, 20), torch.ones(2, 20)
+    mask[0, :7] = 0
+    logits = [model(input_ids=ids, attention_mask=each).logits for each in (mask, None)]
+
+    attention, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: (calls.append(1), attention(*a, **k))[1])
+    for row, answers in zip(expected, asked.answer_questions(embeds, QUESTIONS, tokenizer, 24, True), strict=True):
+        assert [answer.text for answer in answers] == [answer.text for answer in row]
+        assert [a.probability for a in answers] == pytest.approx([a.probability for a in row], rel=1e-4)
+    for each, right in zip((mask, None), logits, strict=True):
+        torch.testing.assert_close(asked(input_ids=ids, attention_mask=each).logits, right, atol=1e-4, rtol=1e-4)
+    assert bool(calls) == (is_run == "sdpa")
+
+
+def test_settings_of_any_configuration_are_taken():
+    model = AutoModelForCausalLM.from_pretrained(TINY, pad_token_id=7, bos_token_id=0, eos_token_id=0, use_cache=False)
+    config = model.config
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id, config.use_cache) == (7, 0, 0, False)
+    with pytest.raises(TypeError, match="pad_tokken"):
+        AutoModelForCausalLM.from_pretrained(TINY, pad_tokken_id=7)
+
+
+def test_threads_that_ask_at_once_are_answered_as_alone(model, tokenizer):
+    def ask(question, **arguments):
+        return model.answer_question(model.encode_image(picture()), question, tokenizer, max_new_tokens=12, **arguments)
+
+    questions = [question for row in QUESTIONS for question in row]
+    alone = [ask(question) for question in questions]
+    assert len(set(alone)) > 2
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, questions)) == alone
+        assert list(pool.map(lambda question: ask(question, num_beams=1), questions)) == alone
+
+
+def test_the_encoder_can_be_exported(model):
+    for image in (picture(), picture((640, 480))):
+        pixels = model.vision_encoder.preprocess(image)[None]
+        exported = torch.export.export(model.vision_encoder, (pixels,)).module()
+        torch.testing.assert_close(exported(pixels), model.encode_image(image))
+
+
+def test_a_model_loaded_without_this_project_is_saved_again_complete(model, tokenizer, tmp_path):
+    """And as float16, by the lines of docs/using-the-model.md."""
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    picture().save(tmp_path / "picture.png")
+    code = f"""
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, {DTYPE}="auto")
+load("saved").half().save_pretrained("float16")
+AutoTokenizer.from_pretrained("saved").save_pretrained("float16")
+again = load("float16")
+assert {{p.dtype for p in again.parameters()}} == {{torch.float16}}
+print(again.float().query(Image.open("picture.png"), {QUESTION!r})["answer"])
+"""
+    answer = python(code, tmp_path, "-P", HF_HOME=str(tmp_path / "home")).strip()
+    assert answer == model.half().float().query(picture(), QUESTION, tokenizer)["answer"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Precision and memory
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -366,7 +595,7 @@ def test_in_bfloat16_positions_are_told_apart(model):
 def test_in_bfloat16_the_loss_is_that_of_its_logits_in_float32(model):
     ids = torch.arange(5, 45)[None]
     out = model.bfloat16()(input_ids=ids, labels=ids)
-    expected = torch.nn.functional.cross_entropy(out.logits[0, :-1].double(), ids[0, 1:])
+    expected = F.cross_entropy(out.logits[0, :-1].double(), ids[0, 1:])
     assert out.loss.dtype == torch.float32 and out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -384,10 +613,71 @@ def kept_for_the_backward_pass(module, *inputs):
         return out, [size for place, size in kept.items() if place not in mine]
 
 
+class GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)) whose backward pass is written out: nothing is left to autograd."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = torch.ops.aten.gelu_backward(grad @ weight, x, approximate="tanh")
+        grad = grad.flatten(0, -2)
+        return grad_x, grad.T @ F.gelu(x, approximate="tanh").flatten(0, -2), grad.sum(0)
+
+
+def gradients(f, module, x):
+    """What f(x) is, and the gradients of its sum's square by x and the module's parameters."""
+    module.zero_grad()
+    x = x.detach().requires_grad_()
+    out = f(x)
+    out.float().square().sum().backward()
+    return [out.detach(), x.grad, *(parameter.grad.clone() for parameter in module.parameters())]
+
+
+@pytest.mark.parametrize("shape", [(2, 50), (100,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gelu_computed_again_gives_the_same_bits(model, dtype, shape):
+    mlp, x = model.text_model.transformer.h[0].mlp.to(dtype), torch.randn(*shape, 192).to(dtype)
+    got = gradients(mlp, mlp, x)
+    expected = gradients(lambda x: GeluLinear.apply(mlp.fc1(x), mlp.fc2.weight, mlp.fc2.bias), mlp, x)
+    checkpointed = gradients(lambda x: checkpoint(mlp, x, use_reentrant=False), mlp, x)
+    for each, right, again in zip(got, expected, checkpointed, strict=True):
+        assert torch.equal(each, right) and torch.equal(again, right)
+
+
+def bytes_left(f):
+    """What f returns, and the bytes that it allocated and did not free."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = f()
+    return out, sum(event.self_cpu_memory_usage for event in profile.events())
+
+
 def test_an_mlp_keeps_what_goes_into_its_activation_and_not_what_comes_out(model):
-    mlp, x = model.text_model.transformer.h[0].mlp, torch.randn(1, 50, model.config.text_config.hidden_size)
-    _, kept = kept_for_the_backward_pass(mlp, x)
-    assert kept == [50 * model.config.text_config.intermediate_size * 4]
+    config, x = model.config.text_config, torch.randn(1, 50, 192, requires_grad=True)
+    mlp = model.text_model.transformer.h[0].mlp
+    _, left = bytes_left(lambda: mlp(x))
+    assert left == 50 * (config.intermediate_size + config.hidden_size) * 4  # fc1's output, and fc2's
+    _, left = bytes_left(lambda: checkpoint(mlp, x, use_reentrant=False, preserve_rng_state=False))
+    assert left == 50 * config.hidden_size * 4  # fc2's
+
+
+def test_text_model_compiles_in_one_graph_forward_and_backward(model):
+    text_model, ids = model.text_model.train(), torch.arange(5, 45).view(2, 20)
+    text_model.transformer.h = text_model.transformer.h[-1:]  # a layer, to be quick
+    text_model.transformer.h[0].mixer.layer = 0
+    compiled = torch.compile(text_model, backend="aot_eager", fullgraph=True)
+    results = []
+    for each in (text_model, compiled):
+        text_model.zero_grad()
+        loss = each(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append([loss, *(parameter.grad.clone() for parameter in text_model.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_does_not_keep_queries_keys_and_values_as_they_were(model):

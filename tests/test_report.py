@@ -634,6 +634,12 @@ def test_card():
     assert "'Is it safe to cross?'" in code
 
 
+def test_card_begins_with_what_the_hub_reads():
+    """No pipeline_tag, of which the hub would make a line of Python that raises."""
+    head = ["---", "base_model: vikhyatk/moondream2", "library_name: transformers", "license: apache-2.0", "---"]
+    assert card().splitlines()[:5] == head
+
+
 def test_card_says_what_was_left_out():
     assert card(SKIPPED, LEFT_OUT).split("## Left out\n\n")[1].split("\n\n##")[0].splitlines() == [
         "- picture not found, as the files were read: 5 (train.jsonl:0, train.jsonl:1, train.jsonl:2, …)",
