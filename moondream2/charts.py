@@ -54,8 +54,9 @@ def decimals(number):
     return "–" if number is None else f"{number:.4f}"
 
 
-def of_epochs(run, baseline):
-    """The curves of loss and, where it was measured, of accuracy."""
+def of_epochs(run):
+    """The curves of loss and, where it was measured, of accuracy, both of the validation set."""
+    baseline = run["data"] and run["data"]["baseline_accuracy"]
     yield by_epoch("Loss by epoch", run, ["train_loss", "valid_loss"])
     if any(record.get("valid_accuracy") is not None for record in run["history"]):
         yield by_epoch("Accuracy by epoch", run, ["valid_accuracy"], baseline)

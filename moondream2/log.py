@@ -123,13 +123,13 @@ def best(progress, epochs):
 
 
 def verdict(sets, names=None):
-    """Prints what came of each set of answers: the change, the largest mistake, how far an answer can be trusted.
+    """Prints what came of a set of answers: the change, the largest mistake, how far an answer can be trusted.
 
     Args:
-        sets: [{"name", "predictions"}], as the report has them.
+        sets: [{"name", "predictions"}], as the report has them; of several the last, and of the others the change.
         names: {"before", "after"} where two models are compared.
     """
     for each in sets:
-        name = f"{each['name'][:1].upper()}{each['name'][1:]}: " if len(sets) > 1 else ""
-        for sentence in sentences(each["predictions"], names):
-            print(f"{name}{sentence}")
+        told = sentences(each["predictions"], names)
+        for sentence in told if each is sets[-1] else told[:1]:
+            print(f"{each['name'].capitalize()}: {sentence}" if len(sets) > 1 else sentence)

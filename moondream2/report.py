@@ -198,7 +198,7 @@ def write_report(path: Path, run: dict) -> None:
         filters=filters(run, scores),
         headline=headline(run, scores),
         result_warnings=list(result_warnings(scores)),
-        charts=list(charts.of_epochs(run, scores["baseline"])) if scores["is_trained"] else [],
+        charts=list(charts.of_epochs(run)) if scores["is_trained"] else [],
         pictures=pictures,
         cards={(picture["set"], picture["file"]): picture for picture in pictures},
         most_evidence=MOST_EVIDENCE,

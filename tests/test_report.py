@@ -278,11 +278,11 @@ def test_page_of_a_run(open_page, answers):
             "Expected",
             "Two cars.",
             "Before",
-            "✓ right 50% sure",
-            "Two cars.",
+            "✓ right",
+            "Two cars. 50% sure",
             "After",
-            "✗ wrong 75% sure",
-            "Three cars.",
+            "✗ wrong",
+            "Three cars. 75% sure",
         )
     ]
 
@@ -460,7 +460,7 @@ def test_two_sets_stand_apart(open_page, streets):
     """The verdict is the test set's, and the validation set's is said to look better than it is."""
     test = [{**each, "image_path": f"test/{i}.png", "after_correct": i > 6} for i, each in enumerate(streets)]
     run = make_run(streets)
-    run["sets"].append({"name": "test", "predictions": test})
+    run["sets"].append({"name": "test", "predictions": test, "baseline": 0.3})
     page = open_page(run)
     text = page.find_element(By.TAG_NAME, "header").text
     assert (
@@ -468,7 +468,9 @@ def test_two_sets_stand_apart(open_page, streets):
         in text
     )
     assert "which tends to look better than it is, as the epoch was chosen by them" in text
-    assert "Accuracy, test questions\n56.2%" in text and "Baseline" not in text
+    assert "Accuracy, test questions\n56.2%" in text and "Baseline\n30.0%" in text
+    curve = page.find_elements(By.CSS_SELECTOR, "section:has(#training) .chart")[1]
+    assert "baseline: 40.0%" in curve.accessible_name  # of the validation, as is the curve
     assert shown(page, "h2")[:3] == ["What kind of mistakes", "How sure an answer is", "The validation questions"]
     page.find_element(By.CSS_SELECTOR, ".more > summary").click()
     assert [each.split()[3] for each in shown(page, ".mistakes p:nth-child(2)")] == ["No.", "No."]
@@ -558,15 +560,15 @@ def test_an_answer_that_was_cut_is_marked_and_all_right_ones_are_shown(open_page
     told = [[each.text.replace("\n", " ") for each in q.find_elements(By.TAG_NAME, "dd")] for q in (first, second)]
     cut = "cut off here: it was longer"
     assert told == [
-        ["Yes. / Sure.", f"✗ wrong 50% sure No. {cut}", "✓ right 75% sure Yes."],
-        ["Two cars.", "✓ right 50% sure Two cars.", f"✗ wrong 75% sure Three cars. {cut}"],
+        ["Yes. / Sure.", f"✗ wrong No. 50% sure {cut}", "✓ right Yes. 75% sure"],
+        ["Two cars.", "✓ right Two cars. 50% sure", f"✗ wrong Three cars. 75% sure {cut}"],
     ]
 
 
 def test_a_question_without_an_answer_to_compare_with_is_shown(open_page, answers):
     answers[0] |= {"answer": None, "answers": [], "after_correct": None}
     question = open_page(scored(answers)).find_element(By.CLASS_NAME, "question")
-    assert question.text.split("\n")[:3] == ["Is it safe to cross?", "Answer", "75% sure"]
+    assert question.text.split("\n")[:3] == ["Is it safe to cross?", "Answer", "Yes. 75% sure"]
 
 
 def test_facts_are_what_the_report_shows(open_page):
@@ -762,7 +764,7 @@ def test_everything_from_the_data_is_text(open_page, tmp_path):
     assert page.title == f"{EVIL}: report"
     assert page.execute_script("return [document.scripts.length, document.images.length, window.evil]") == [1, 5, None]
     text = page.execute_script("return document.querySelector('main').textContent")
-    assert text.count(EVIL) == 73
+    assert text.count(EVIL) == 75
 
 
 @pytest.mark.parametrize("width", [400, 1400])

@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from moondream2 import log
 from moondream2 import verdict as module
 from moondream2.verdict import (
     DRAWS,
@@ -360,3 +361,14 @@ def test_what_is_said_of_two_models():
         'Largest mistake of new: "Is it safe?": said "Yes" for "No" 6 times of 10',
         "new: no probability makes 95% of the answers right: of all its answers 80% (95% interval 63 to 93%) are right",
     ]
+
+
+def test_of_several_sets_the_last_is_told_in_full_under_its_name(capsys):
+    answers = said("Is it safe?", (["No"], "Yes", 6), (["No"], "No", 4), (["Yes"], "Yes", 20))
+    full = sentences(answers)
+    log.verdict([{"name": "validation", "predictions": answers}])
+    assert capsys.readouterr().out.splitlines() == full
+    log.verdict([{"name": "validation", "predictions": answers}, {"name": "test", "predictions": answers}])
+    assert capsys.readouterr().out.splitlines() == [f"Validation: {full[0]}", *(f"Test: {each}" for each in full)]
+    log.verdict([{"name": "validation", "predictions": []}])
+    assert capsys.readouterr().out == ""
