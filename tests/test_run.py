@@ -56,7 +56,7 @@ def test_what_it_prints(sample):
     best = next(i for i, line in enumerate(lines) if line.startswith("Best epoch: "))
     answers = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     tested = [json.loads(line) for line in (folder / "test_predictions.jsonl").read_text().splitlines()]
-    told = [f"Validation: {each}" for each in sentences(answers)] + [f"Test: {each}" for each in sentences(tested)]
+    told = [f"Validation: {sentences(answers)[0]}", *(f"Test: {each}" for each in sentences(tested))]
     assert lines[best + 1 : best + 1 + len(told)] == told
     assert told[0].startswith("Validation: Training raised accuracy by ")
     assert "baseline:  31.2% accuracy" in out and "Encoding 100 pictures" in out
