@@ -253,4 +253,5 @@ def test_the_command_ends_in_one_line_and_status_1():
     command = [sys.executable, "finetune_moondream.py", "--epochs", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip() == "error: EPOCHS must be greater than 0, not 0"
+    said = done.stderr.strip().splitlines()  # before its last line may stand what an installed library says of itself
+    assert said[-1] == "error: EPOCHS must be greater than 0, not 0" and "Traceback" not in done.stderr

@@ -54,12 +54,11 @@ def test_what_it_prints(sample):
         start += f"Validation accuracy: {record['valid_accuracy']:.1%} (before training 0.0%, baseline 31.2%), "
         assert any(line.startswith(start) for line in lines)
     best = next(i for i, line in enumerate(lines) if line.startswith("Best epoch: "))
-    valid, test = (
-        sentences([json.loads(line) for line in (folder / file).read_text().splitlines()])
-        for file in ("predictions.jsonl", "test_predictions.jsonl")
-    )
-    assert lines[best + 1 : best + 5] == [f"Validation: {valid[0]}", *(f"Test: {sentence}" for sentence in test)]
-    assert valid[0].startswith("Training raised accuracy by ")
+    answers = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    tested = [json.loads(line) for line in (folder / "test_predictions.jsonl").read_text().splitlines()]
+    told = [f"Validation: {sentences(answers)[0]}", *(f"Test: {each}" for each in sentences(tested))]
+    assert lines[best + 1 : best + 1 + len(told)] == told
+    assert told[0].startswith("Validation: Training raised accuracy by ")
     assert "baseline:  31.2% accuracy" in out and "Encoding 100 pictures" in out
 
 
