@@ -236,6 +236,7 @@ def test_a_folder_of_pictures_with_metadata(folder, tmp_path_factory):
     assert not Path(line["image_path"]).is_absolute()
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_by_the_shell_without_a_network(folder, cache):
     """In the cache, which is laid here as a download leaves it."""
     home, source = folder / "home" / "datasets", folder / "pictures"

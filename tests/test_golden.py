@@ -23,6 +23,7 @@ STATE_DICT = json.loads((GOLDEN / "state_dict.json").read_text())
 TEXT = json.loads((GOLDEN / "text_facts.json").read_text())
 SIZES = json.loads((GOLDEN / "preprocess_sizes.json").read_text())["image WxH -> tensor [height, width]"]
 PICTURES = [(320, 240), (500, 100), (640, 480), (1280, 720), (600, 900), (1024, 1000)]
+BATCH = [(320, 240), (640, 480)]  # of them, in one call
 BOS = 50256
 
 
@@ -75,8 +76,8 @@ def test_pixels(size, golden):
     torch.testing.assert_close(pixels, golden[f"vision.{size[0]}x{size[1]}.pixels"], atol=1e-4, rtol=0)
 
 
-# What is quick stands for the rest: the batch below has a picture with tiles, and one without.
-@pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.slow) for size in PICTURES], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [size for size in PICTURES if size not in BATCH], ids=str)
 def test_image_embeddings(size, golden, vision_encoder):
     with torch.no_grad():
         embeds = vision_encoder(picture(*size))
@@ -85,9 +86,10 @@ def test_image_embeddings(size, golden, vision_encoder):
     torch.testing.assert_close(embeds[0, ::27, ::16], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_image_embeddings_of_a_batch_with_and_without_tiles(golden, vision_encoder):
     with torch.no_grad():
-        embeds = vision_encoder([picture(320, 240), picture(640, 480)])
+        embeds = vision_encoder([picture(*size) for size in BATCH])
     expected = golden["vision.batch_of_320x240_and_640x480.embeds"]
     torch.testing.assert_close(embeds[:, ::27, ::16], expected, atol=1e-4, rtol=0)
 
@@ -148,7 +150,7 @@ def test_greedy_tokens_of_transformers_own_generate(text_model):
     assert ids[0].tolist() == [token for token, _ in TEXT["greedy_after_question_a [token, margin]"]]
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradient_norms(text_model, gradient_checkpointing):
     text_model.train(gradient_checkpointing)
     text_model.gradient_checkpointing = gradient_checkpointing

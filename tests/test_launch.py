@@ -155,7 +155,9 @@ def test_processes_train_as_one(flags, reference, tmp_path, processes, batch_siz
     assert answers_of(tmp_path) == answers_of(folder)
 
 
-@pytest.mark.parametrize("setup", [first_is_best, sharded_and_first_is_best], ids=["whole", "sharded"])
+@pytest.mark.parametrize(
+    "setup", [first_is_best, pytest.param(sharded_and_first_is_best, marks=slow)], ids=["whole", "sharded"]
+)
 def test_several_answer_the_test_file_as_one_does_with_the_weights_that_are_saved(
     flags, reference, test_file, tmp_path, setup
 ):
@@ -361,7 +363,9 @@ def test_sharded_checkpoints_are_those_of_one_process(flags, whole, tmp_path, se
     assert_same_log(tmp_path / "cut", whole)
 
 
-@pytest.mark.parametrize("setup", [in_bfloat16, sharded_in_bfloat16], ids=["whole", "sharded"])
+@pytest.mark.parametrize(
+    "setup", [in_bfloat16, pytest.param(sharded_in_bfloat16, marks=slow)], ids=["whole", "sharded"]
+)
 def test_the_bits_behind_bfloat16_weights_go_through_a_checkpoint(flags, tmp_path, setup):
     trained(2, flags, tmp_path / "whole", setup, features_dir=tmp_path / "features")
     started = {**flags, "output_dir": tmp_path / "cut" / "out", "features_dir": tmp_path / "features"}

@@ -330,6 +330,7 @@ def losses_in(dtype, tiny, tokenizer, train, folder, optimizer=None):
     return progress.loss_sum / progress.tokens
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_as_float32_does(tiny, tokenizer, train, tmp_path):
     tiny.bfloat16().float()  # the same start for both
     reference = losses_in(torch.float32, tiny, tokenizer, train, tmp_path)
