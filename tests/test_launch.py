@@ -221,6 +221,7 @@ def test_bad_data_is_said_once(flags, tmp_path):
     assert all("Traceback" not in child.text() for child in children)
 
 
+@slow
 def test_long_work_is_waited_for_longer_than_a_dead_process(tmp_path):
     children = Children(2, reading_for_long, tmp_path)
     assert children.wait() == [0, 0], [child.text() for child in children]
