@@ -9,6 +9,7 @@ from typing import NamedTuple
 from moondream2.cli import InputError
 from moondream2.foreign import described
 from moondream2.modeling_moondream2 import answer_text, prompt_text, token_ids
+from moondream2.pictures import nearest
 from moondream2.scoring import most_frequent
 
 
@@ -100,7 +101,8 @@ def read_lines(path, end_of_text, is_labelled=True):
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+        near = None if path.exists() else nearest(path.parent, path.name)
+        raise InputError(f"cannot read {path}: {error.strerror}" + (f"; nearest is {near}" if near else "")) from None
     found, wrong = [], []
     for number, line in enumerate(lines, start=1):
         if line.strip():

@@ -31,6 +31,9 @@ def checked_loading(model_id, revision):
         refuse_another(model_id, PretrainedConfig.get_config_dict(model_id, revision=revision)[0])
         yield loaded
     except (OSError, SafetensorError) as error:
+        folder = Path(model_id).parent
+        if folder != Path() and folder.is_dir() and not Path(model_id).exists():  # no owner of the hub's, a folder here
+            raise InputError(f"cannot load {model_id}: it is not there, though {folder} is") from None
         advice = (
             f" Where there is no network, fetch it elsewhere by `hf download {model_id} --revision {revision} "
             "--local-dir moondream2-weights`, copy it and give its path as --model_id; "

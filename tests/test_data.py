@@ -336,6 +336,12 @@ def test_nothing_left_is_an_error(folder):
         dataset(write_lines(folder / "lines.jsonl", [{**LINE, "image_path": "text.png"}]))
 
 
+def test_of_a_file_that_is_not_there_the_nearest_is_named(folder):
+    write_lines(folder / "train.jsonl", [LINE])
+    with pytest.raises(InputError, match=r"cannot read .*trian.jsonl: .*; nearest is train.jsonl$"):
+        dataset(folder / "trian.jsonl")
+
+
 @pytest.mark.parametrize("name", ["gone.jsonl", "."])
 def test_a_file_that_cannot_be_read_is_an_error(folder, name):
     with pytest.raises(InputError, match="cannot read"):

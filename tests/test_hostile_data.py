@@ -56,7 +56,9 @@ paths = st.sampled_from(
         "/9j/" + 5000 * "A",
     ]
 )
-records = st.fixed_dictionaries({}, optional={"image_path": paths | texts, "question": texts | values, "answer": texts})
+records = st.fixed_dictionaries(
+    {}, optional={"image_path": paths | texts, "question": texts | values, "answer": texts | values}
+)
 lines = (
     records.map(lambda record: json.dumps(record).encode())
     | records.map(lambda record: json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass"))

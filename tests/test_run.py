@@ -429,6 +429,12 @@ def test_weights_of_another_shape_or_name_are_named(tmp_path):
         script.load_model(str(tmp_path / "model"), "main")
 
 
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub():
+    """As a mistyped path to a local one would be, with the advice to download it."""
+    with pytest.raises(InputError, match="^cannot load .*tiny_moondrea: it is not there, though .*tests is$"):
+        script.load_tokenizer(str(TINY.with_name("tiny_moondrea")), script.REVISION)
+
+
 def test_damaged_weights_are_one_line(tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"half a file")
