@@ -295,7 +295,8 @@ def attention(qkv, cos, sin, mask, cache, layer, config):
         k, v = cache.update(k, v, layer)
     attend = eager_attention if config._attn_implementation == "eager" else F.scaled_dot_product_attention
     prefix = 0 if mask is None else q.shape[2] - mask.shape[2]
-    x = attend(q[:, :, prefix:], k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
+    is_causal = True if mask is None and q.shape[2] > 1 else False  # to a compiler the condition itself is no bool
+    x = attend(q[:, :, prefix:], k, v, attn_mask=mask, is_causal=is_causal)
     if prefix:
         picture = (each[:, :, :prefix] for each in (q, k, v))
         x = torch.cat([attend(*picture, attn_mask=None, is_causal=not config.two_way_prefix), x], dim=2)
