@@ -333,7 +333,6 @@ class Pretrained(PreTrainedModel):
     _supports_flash_attn = _supports_flash_attn_2 = True  # by the kernel of torch's own, which SDPA takes where it can
     _supports_cache_class = True
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TextBlock", "VisionBlock", "HfTextBlock", "HfVisionBlock"]
     _skip_keys_device_placement = ["past_key_values"]
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
@@ -889,6 +888,8 @@ class TextBlock(nn.Module):
 class TextModel(Phi):
     """The release's names for the parts of a Phi."""
 
+    _no_split_modules = ["TextBlock"]
+
     def __init__(self, config):
         super().__init__(config)
         width = config.hidden_size
@@ -945,6 +946,7 @@ class Moondream(Release):
 
     config_class = MoondreamConfig
     text_name = "text_model"
+    _no_split_modules = ["TextBlock", "VisionBlock"]
 
     def __init__(self, config):
         super().__init__(config)
@@ -1276,6 +1278,7 @@ class HfTextModel(Phi):
     """The release's names for the parts of a Phi."""
 
     config_class = HfMoondreamTextConfig
+    _no_split_modules = ["HfTextBlock"]
 
     def __init__(self, config):
         super().__init__(config)
@@ -1326,6 +1329,7 @@ class HfMoondream(Release):
 
     config_class = HfMoondreamConfig
     text_name = "model.text"
+    _no_split_modules = ["HfTextBlock", "HfVisionBlock"]
 
     def __init__(self, config):
         super().__init__(config)
