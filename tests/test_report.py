@@ -4,6 +4,7 @@ import base64
 import errno
 import io
 import json
+import os
 import re
 import runpy
 import sys
@@ -14,7 +15,6 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
