@@ -105,7 +105,7 @@ def decoded(content):
         if isinstance(error.__cause__, UnidentifiedImageError):
             raise Refused("This is no picture, or in a format that Pillow does not read.") from None
         kind = f"{error.kind[0].upper()}{error.kind[1:]}"
-        raise Refused(f"{kind}: {error}.") from None
+        raise Refused(f"{kind}: {str(error).rstrip('.')}.") from None
     return image, [*remarks, *([CUT] if is_cut else [])]
 
 
@@ -205,7 +205,8 @@ def serve(load, title, host, port):
             print(f"warning: whoever reaches {host} can ask this model, and nothing is encrypted", file=sys.stderr)
         try:
             app = build_app(Asked(*load()), title, host, pool)
-            print(f"{title} answers on http://{host}:{listening.getsockname()[1]} (ctrl-C ends it)", flush=True)
+            address = f"[{host}]" if ":" in host else host
+            print(f"{title} answers on http://{address}:{listening.getsockname()[1]} (ctrl-C ends it)", flush=True)
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
         except KeyboardInterrupt:  # which the server raises once it has ended
             print("Stopped: nothing of the pictures and questions is kept")
