@@ -7,6 +7,7 @@ A run in the order of this file: data, model, loss, training, saving. Data is fi
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
 from itertools import chain, islice
@@ -25,21 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moondream2 import cli, log
 from moondream2.card import how_to_ask, model_card
-from moondream2.checkpoints import Checkpoints, Interrupted, Stop, resume_or_start, settings_of
+from moondream2.checkpoints import Checkpoints, Interrupted, Progress, Stop, resume_or_start, settings_of
 from moondream2.cli import InputError, MayChange, Share
 from moondream2.data import Example, hold_out, read_lines, tokenize
 from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_new_tokens
 from moondream2.features import FeatureStore, image_embeds, keep_features
-from moondream2.launch import (
-    end,
-    first_on_each_machine,
-    from_main,
-    one_speaks,
-    own_batches,
-    start,
-    start_tracker,
-    whole_weights,
-)
+from moondream2.launch import end, first_on_each_machine, from_main, one_speaks, own_batches, start, start_tracker
 from moondream2.loading import checked_loading
 from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
@@ -195,6 +187,16 @@ def print_parameters(model):
     print(f"The optimizer holds {sum(p.numel() for p in model.text_model.parameters()):,}, the text model's")
 
 
+def encode(datasets, vision_encoder, store, accelerator, stop):
+    """Sends each picture through the encoder once, and leaves out what can't be decoded; returns {key: Picture}."""
+    pictures = {key: picture for each in datasets for key, picture in each.pictures.items()}
+    broken, remarks = keep_features(list(pictures.values()), vision_encoder, store, accelerator, stop.together)
+    for each in datasets:
+        each.remarks = remarks
+    log.decoded([line for each in datasets for line in each.leave_out(broken)], remarked(*datasets))
+    return pictures
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,6 +230,20 @@ class Engine(NamedTuple):
     text_model: torch.nn.Module
     optimizer: Optimizer
     scheduler: LRScheduler
+
+
+class Run(NamedTuple):
+    """What the epochs of a run work with."""
+
+    datasets: list[VQADataset]  # of training, validation and, if there is a file for it, test
+    model: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    engine: Engine
+    progress: Progress
+    stop: Stop
+    sampler: StepSampler
+    room: tuple[int, int, int]  # of a batch that judges, as `whole_rows` takes it
+    read: Callable  # `read_batches`, filled in
 
 
 class Step(NamedTuple):
@@ -325,6 +341,21 @@ def finish_epoch(progress, valid_loss, answers, valid, seconds):
     return record, is_best
 
 
+def judge(run, dataset, title, asked):
+    """Avg Loss of a dataset with the weights as they are now, and the answers to what is asked of it."""
+    batches = own_batches(run.engine.accelerator, whole_rows(dataset, *run.room))
+    with closing(run.read(batches, title, len(batches))) as batches:
+        return evaluate(run.model, run.tokenizer, run.stop.heeded(batches), asked)
+
+
+def take_test(run, train, test):
+    """All questions of the test file, to the model as it came and then to the one that is saved."""
+    loss, answers = judge(run, test, "Testing", {example.key for example in test})
+    record = run.progress.enter_test(loss, accuracy_of(test, answers), answers)
+    log.test(record, run.progress.history[0], baseline_accuracy(train, test))
+    run.engine.accelerator.log(log.scores_of_test(record), run.progress.total_steps)
+
+
 def read_batches(batches, title, total, done=0, *, lay_out, progress, is_shown):
     """The collated micro-batches, which threads read ahead, behind a progress bar."""
     return log.shown(read_ahead(partial(collate, lay_out=lay_out), batches), title, total, done, progress, is_shown)
@@ -373,14 +404,13 @@ def finish(constants, progress, checkpoints, output, model, tokenizer, train, va
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fine_tune(constants, accelerator, output, checkpoints, stop):
-    """A run, from its data to its saved model."""
+def prepare(constants, accelerator, checkpoints, stop):
+    """A Run that can begin, or go on from the last checkpoint: data read, model loaded, each picture encoded."""
     release = constants.model_id, constants.revision
     config, tokenizer = first_on_each_machine(accelerator, load_tokenizer, *release)
     prefix = 1 + config.image_tokens  # positions of BOS and a picture, which begin each row
     max_text_tokens = config.text_config.max_position_embeddings - prefix
     datasets = from_main(accelerator, read_data, constants, tokenizer, max_text_tokens, stop)
-    train, valid, *tests = datasets  # of which there is one or none
     model = first_on_each_machine(accelerator, load_model, *release).to(accelerator.device)
     model.generation_config.max_new_tokens = most_new_tokens(datasets, max_text_tokens)
     print_parameters(model)
@@ -389,14 +419,10 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
     settings = settings_of(constants, cli.may_change(sys.modules[__name__]), datasets, store.key)
     progress = from_main(accelerator, resume_or_start, checkpoints, settings, constants, accelerator.num_processes)
     start_tracker(accelerator, constants, progress)
-    pictures = {key: picture for each in datasets for key, picture in each.pictures.items()}
-    broken, remarks = keep_features(list(pictures.values()), model.vision_encoder, store, accelerator, stop.together)
-    for each in datasets:
-        each.remarks = remarks
-    log.decoded([line for each in datasets for line in each.leave_out(broken)], remarked(*datasets))
+    pictures = encode(datasets, model.vision_encoder, store, accelerator, stop)
 
     order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
-    sampler = StepSampler(train, prefix, *order, accelerator.process_index, accelerator.num_processes)
+    sampler = StepSampler(datasets[0], prefix, *order, accelerator.process_index, accelerator.num_processes)
     log.step_size(sampler, constants.batch_size)
     engine = build_engine(model, accelerator, sampler.steps, constants)
     checkpoints.watch(*engine)
@@ -404,20 +430,14 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
 
     lay = partial(lay_out, pictures=pictures, store=store, bos=tokenizer.bos_token_id, image_tokens=config.image_tokens)
     read = partial(read_batches, lay_out=lay, progress=progress, is_shown=accelerator.is_main_process)
+    room = prefix, 4 * constants.batch_size, max_text_tokens
+    return Run(datasets, model, tokenizer, engine, progress, stop, sampler, room, read)
 
-    def judge(dataset, title, asked):
-        """Avg Loss of a dataset with the weights as they are now, and the answers to what is asked of it."""
-        batches = own_batches(accelerator, whole_rows(dataset, prefix, 4 * constants.batch_size, max_text_tokens))
-        with whole_weights(engine.text_model), closing(read(batches, title, len(batches))) as batches:
-            return evaluate(model, tokenizer, stop.heeded(batches), asked)
 
-    def take_test(test):
-        """All questions of the test file, to the model as it came and then to the one that is saved."""
-        loss, answers = judge(test, "Testing", {example.key for example in test})
-        record = progress.enter_test(loss, accuracy_of(test, answers), answers)
-        log.test(record, progress.history[0], baseline_accuracy(train, test))
-        accelerator.log(log.scores_of_test(record), progress.total_steps)
-
+def fine_tune(constants, accelerator, output, checkpoints, stop):
+    """A run, from its data to its saved model."""
+    run = prepare(constants, accelerator, checkpoints, stop)
+    progress, sampler, (train, valid, *tests) = run.progress, run.sampler, run.datasets  # tests: one or none
     asked, baseline = draw_questions(valid, constants.valid_answers, constants.seed), baseline_accuracy(train, valid)
     with checkpoints.saved_if_stopped(progress):
         while progress.goes_on(constants.epochs, constants.patience):
@@ -425,24 +445,24 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
             if progress.epoch:
                 title, done = f"Epoch {progress.epoch} of {constants.epochs}", progress.step * sampler.accum
                 batches = chain.from_iterable(sampler.epoch(progress.epoch, progress.step))
-                with closing(read(batches, title, sampler.steps * sampler.accum, done)) as batches:
+                with closing(run.read(batches, title, sampler.steps * sampler.accum, done)) as batches:
                     steps = in_steps(batches, sampler.accum)
-                    train_epoch(engine, steps, model.vision_encoder, progress, checkpoints, stop, constants)
-            loss, answers = judge(valid, "Validating", asked)
+                    train_epoch(run.engine, steps, run.model.vision_encoder, progress, checkpoints, stop, constants)
+            loss, answers = judge(run, valid, "Validating", asked)
             record, is_best = finish_epoch(progress, loss, answers, valid, time.monotonic() - clock)
             log.epoch(record, progress.history[0], baseline, constants.epochs)
             if record["epoch"]:
                 checkpoints.save(progress, is_best)
             elif tests:
-                take_test(*tests)
+                take_test(run, train, *tests)
             if accelerator.is_main_process:
                 output.write_lines("training_log.jsonl", progress.history)
             accelerator.log(log.scores_of_epoch(record), progress.total_steps)
     if tests and progress.best_epoch and not progress.is_tested:
         checkpoints.load_best()
-        take_test(*tests)
+        take_test(run, train, *tests)
         from_main(accelerator, checkpoints.save_test, progress)
-    from_main(accelerator, finish, constants, progress, checkpoints, output, model, tokenizer, *datasets)
+    from_main(accelerator, finish, constants, progress, checkpoints, output, run.model, run.tokenizer, *run.datasets)
 
 
 def main():
