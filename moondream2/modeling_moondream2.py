@@ -43,7 +43,7 @@ class MoondreamVisionConfig(PretrainedConfig):
     defaults = {
         "image_size": 378,  # pixels a side of what the ViT sees at a time
         "patch_size": 14,
-        "tile_from": 512,  # a picture whose longer side is under this many pixels is seen whole, without tiles
+        "tile_from": 512,  # pixels of its longer side, from which a picture is seen in tiles as well; None: never
         "hidden_size": 1152,
         "intermediate_size": 4304,
         "num_hidden_layers": 27,
@@ -85,6 +85,7 @@ class MoondreamConfig(PretrainedConfig):
     pad_token_id = bos_token_id = eos_token_id = None
     use_cache = True
     sub_configs = {"text_config": MoondreamTextConfig, "vision_config": MoondreamVisionConfig}
+    can_leave_out_tiles = True  # any picture may be seen as small ones are
 
     def __init__(self, text_config=None, vision_config=None, region_features=256, **kwargs):
         self.text_config = self._sub_config(MoondreamTextConfig, text_config)
@@ -96,6 +97,14 @@ class MoondreamConfig(PretrainedConfig):
     @staticmethod
     def _sub_config(config_class, value):
         return value if isinstance(value, config_class) else config_class(**(value or {}))
+
+    @property
+    def has_tiles(self):
+        """Whether large pictures are seen in tiles as well, and not in one view alone."""
+        return self.vision_config.tile_from is not None
+
+    def leave_out_tiles(self):
+        self.vision_config.tile_from = None
 
     @property
     def image_tokens(self):
@@ -149,7 +158,7 @@ def to_8_bits(values):
 
 def preprocessed_size(width, height, image_size=378, tile_from=512):
     """The (height, width) that a picture of `width` x `height` pixels is resized to: one tile, two or four."""
-    if max(width, height) < tile_from:
+    if tile_from is None or max(width, height) < tile_from:
         return image_size, image_size
     one, two = image_size, 2 * image_size
     # The second term crosses height and width. The release was trained so; min() keeps its order at ties.
