@@ -19,7 +19,7 @@ from PIL import UnidentifiedImageError
 
 from moondream2.charts import PALETTE
 from moondream2.cli import InputError
-from moondream2.modeling_moondream2 import token_ids, upright_rgb
+from moondream2.modeling_moondream2 import token_ids
 from moondream2.pictures import CUT, PictureError, open_content, remarks_on_values
 from moondream2.verdict import sureness
 
@@ -94,13 +94,9 @@ class Asked:
 
 
 def decoded(content):
-    """The picture in a file's bytes, upright and RGB, and a list of what is to be said of it; raises Refused."""
-
-    def use(image):
-        return upright_rgb(image), list(remarks_on_values(image))
-
+    """The picture in a file's bytes, and a list of what is to be said of it; raises Refused."""
     try:
-        (image, remarks), is_cut = open_content(content, use)
+        (image, remarks), is_cut = open_content(content, lambda image: (image, list(remarks_on_values(image))))
     except PictureError as error:
         if isinstance(error.__cause__, UnidentifiedImageError):
             raise Refused("This is no picture, or in a format that Pillow does not read.") from None
@@ -136,7 +132,7 @@ def build_app(asked, title, host, pool):
     async def page(request):
         said = {"title": title, "is_local": is_local, "most_bytes": MOST_BYTES, "too_large": too_large}
         nonce = secrets.token_urlsafe(16)
-        headers = {"Content-Security-Policy": POLICY.format(nonce), "Cache-Control": "no-store"}
+        headers = {"Content-Security-Policy": POLICY.format(nonce)}
         return HTMLResponse(template.render(said, palette=PALETTE, nonce=nonce), headers=headers)
 
     async def look(request):

@@ -181,6 +181,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("content", "words"), BROKEN.values(), ids=BROKEN)
 def test_what_is_no_picture_gets_a_clear_word(served, content, words):
     before = served.encoded
@@ -382,6 +383,43 @@ def test_words_of_the_person_and_the_model_are_text(page, served, monkeypatch):
     assert page.all("h1, #answers p") == [EVIL, EVIL, EVIL, "50% sure, of what there is: it was cut off"]
 
 
+def test_the_browser_lets_the_page_ask_for_nothing_else(driver, served):
+    driver.get(served.url)
+    blocked = driver.execute_async_script(
+        """const [elsewhere, done] = arguments, blocked = [];
+        addEventListener("securitypolicyviolation", event => blocked.push(event.effectiveDirective));
+        const add = (name, settings) => document.body.append(Object.assign(document.createElement(name), settings));
+        add("img", {src: elsewhere});
+        add("script", {src: elsewhere});
+        add("script", {textContent: "window.evil = 1"});
+        add("link", {rel: "stylesheet", href: elsewhere});
+        add("iframe", {src: elsewhere});
+        new FontFace("font", `url(${elsewhere})`).load().catch(() => {});
+        navigator.sendBeacon(elsewhere);
+        fetch(elsewhere).catch(() => {}).then(() => setTimeout(() => done(blocked), 50));""",
+        served.url.replace("127.0.0.1", "localhost"),
+    )
+    kinds = {"img-src", "script-src-elem", "style-src-elem", "frame-src", "font-src", "connect-src"}
+    assert {*blocked} == kinds and len(blocked) == len(kinds) + 2
+    assert driver.execute_script("return window.evil") is None
+
+
+@pytest.mark.slow
+def test_what_comes_late_of_a_picture_before_is_left_out(page, served, monkeypatch):
+    """That it is broken, and what it was asked."""
+    go_on, decoded = threading.Event(), serve.decoded
+    monkeypatch.setattr(serve, "decoded", lambda content: (go_on.wait(20), decoded(content))[1])
+    for content in (b"no picture", PHOTO.read_bytes()):
+        go_on.clear()
+        page.hand("drop", content)
+        page.ask("What is late?")
+        page.hand("drop", PICTURES["16 bits"][0])
+        page.ask("Why?")
+        go_on.set()
+        page.wait("#answers .answer")
+        assert page.all("#answers .question") == ["Why?"] and page.all(".notice") == [SCALED]
+
+
 def test_pictures_are_dropped_and_pasted(page, served):
     images = [Image.open(ROOT / "images" / f"valid_00{number}.jpg") for number in (1, 2)]
     for event, image in zip(("drop", "paste"), images, strict=True):
@@ -392,18 +430,20 @@ def test_pictures_are_dropped_and_pasted(page, served):
         assert (*page.all("#answers .answer"), *page.all("#answers .sure")) == right
 
 
-def test_a_broken_picture_gets_a_clear_word_on_the_page(page):
-    for kind in ("a text", "half a PNG", "too many bytes"):
-        content, words = BROKEN[kind]
-        page.hand("drop", content)
-        (said,) = page.wait("#said .notice")
-        assert said.startswith(words) and page.all("#preview") == []
-        page.ask("Why?")
-        assert page.wait("#problem .notice") == ["Choose a picture first."]
-        page.hand("drop", PHOTO.read_bytes())
-        page.ask("Why?")
-        page.wait("#answers .answer")
-        assert page.all(".notice") == []
+@pytest.mark.parametrize(
+    "kind", ["half a PNG", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("a text", "too many bytes"))]
+)
+def test_a_broken_picture_gets_a_clear_word_on_the_page(page, kind):
+    content, words = BROKEN[kind]
+    page.hand("drop", content)
+    (said,) = page.wait("#said .notice")
+    assert said.startswith(words) and page.all("#preview") == []
+    page.ask("Why?")
+    assert page.wait("#problem .notice") == ["Choose a picture first."]
+    page.hand("drop", PHOTO.read_bytes())
+    page.ask("Why?")
+    page.wait("#answers .answer")
+    assert page.all(".notice") == []
 
 
 @pytest.mark.slow
@@ -558,3 +598,4 @@ def test_without_its_libraries_a_line_says_which(monkeypatch):
     with pytest.raises(InputError, match="does without: pip install starlette==[0-9.]+ uvicorn==[0-9.]+$"):
         serve.serve(never_loaded, "model", "127.0.0.1", 0)
     assert {*serve.PACKAGES.split()} <= {*(ROOT / "tests" / "requirements.txt").read_text().splitlines()}
+    assert f"    pip install {serve.PACKAGES}\n" in (ROOT / "docs" / "serving.md").read_text()
