@@ -19,7 +19,6 @@ from PIL import UnidentifiedImageError
 
 from moondream2.charts import PALETTE
 from moondream2.cli import InputError
-from moondream2.modeling_moondream2 import token_ids
 from moondream2.pictures import CUT, PictureError, open_content, remarks_on_values
 from moondream2.verdict import sureness
 
@@ -40,7 +39,7 @@ LOCAL = ("127.0.0.1", "localhost")  # what nobody reaches from another computer
 MOST_PICTURES = 16  # whose embeddings, 3 MB each, are kept: those that were asked about last
 MOST_BYTES = 2**28  # of a picture's file
 MOST_QUESTION_BYTES = 2**20
-ROOM = 32  # positions for the prompt's own words and the beginning of an answer
+ROOM = 16  # positions for the beginning of an answer, at least
 POLICY = (
     "default-src 'none'; connect-src 'self'; img-src blob: data:; style-src 'nonce-{0}'; script-src 'nonce-{0}'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -60,8 +59,6 @@ class Asked:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.embeds = model, tokenizer, OrderedDict()
-        config = model.config
-        self.most_tokens = config.text_config.max_position_embeddings - 1 - config.image_tokens - ROOM
 
     def look(self, content):
         """Encodes the picture in a file's bytes: {"picture": its name, "remarks": what is to be said of it}."""
@@ -81,9 +78,10 @@ class Asked:
         if not question.strip():
             raise Refused("There is no question yet.")
         question = question.encode(errors="replace").decode()  # half a character is no text
-        tokens = len(token_ids([question], self.tokenizer)[0])
-        if tokens > self.most_tokens:
-            raise Refused(f"The question is too long: it has {tokens:,} tokens, and {self.most_tokens:,} fit.")
+        config = self.model.config
+        tokens, most = len(config.prompt_ids([question], self.tokenizer)[0]), config.max_text_tokens - ROOM
+        if tokens > most:
+            raise Refused(f"The question is too long: it makes {tokens:,} tokens, and {most:,} fit.")
         if name not in self.embeds:
             raise Refused("The picture is not known any more.", 404)
         self.embeds.move_to_end(name)

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import finetune_moondream as script
 from moondream2 import ask, check, modeling_moondream2
 from moondream2.cli import InputError
 from moondream2.loading import choose_views
+from moondream2.modeling_moondream2 import HfMoondreamConfig
 from tests.conftest import TINY, constants
 
 
@@ -90,5 +90,7 @@ def test_a_model_that_can_not_do_without_tiles_is_refused(flags, run_main, monke
         InputError, match=f"^{TINY} can't do without tiles: TILES = False is for the release 2024-08-26$"
     ):
         run_main(**flags, tiles="false")
-    config = SimpleNamespace(has_tiles=True, can_leave_out_tiles=False)
-    choose_views(config, "a later release", tiles=True)
+    for config in (HfMoondreamConfig(), HfMoondreamConfig.from_dict(HfMoondreamConfig().to_dict())):
+        choose_views(config, "a later release", tiles=True)
+        with pytest.raises(InputError, match="a later release can't do without tiles"):
+            choose_views(config, "a later release", tiles=False)
