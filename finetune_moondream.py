@@ -32,7 +32,7 @@ from moondream2.data import Example, hold_out, read_lines, tokenize
 from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_new_tokens
 from moondream2.features import FeatureStore, image_embeds, keep_features
 from moondream2.launch import end, first_on_each_machine, from_main, one_speaks, own_batches, start, start_tracker
-from moondream2.loading import checked_loading
+from moondream2.loading import checked_loading, choose_views
 from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
 from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead, set_up_pillow
@@ -51,6 +51,7 @@ TRAIN_FILE: str = "train.jsonl"  # one {"image_path", "question", "answer"} a li
 VALID_FILE: str | None = "valid.jsonl"  # other pictures, which judge each epoch; None: a tenth of TRAIN_FILE's
 TEST_FILE: str | None = None  # pictures that have no say in training: the model answers them before it and at the end
 OUTPUT_DIR: MayChange[str] = "./moondream_crosswalks_finetuned"  # the saved model, the log and the report
+TILES: bool = True  # False: all is learned and asked in one view, as llama.cpp and Ollama see a large picture, too
 
 # How: most people edit no further than this --------------------------------------------------------------------------
 EPOCHS: MayChange[PositiveInt] = 5  # passes over the training data; the best one is saved, so more cost only time
@@ -170,11 +171,16 @@ def load_tokenizer(model_id, revision):
     return loaded.config, loaded.tokenizer
 
 
-def load_model(model_id, revision):
-    """Moondream2 in bfloat16, its vision encoder frozen."""
+def load_model(model_id, revision, config=None):
+    """Moondream2 in bfloat16, its vision encoder frozen; with another configuration than its own where one is given."""
     with checked_loading(model_id, revision) as loaded:
         model, loaded.info = AutoModelForCausalLM.from_pretrained(
-            model_id, revision=revision, dtype=torch.bfloat16, trust_remote_code=False, output_loading_info=True
+            model_id,
+            revision=revision,
+            config=config,
+            dtype=torch.bfloat16,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     model.vision_encoder.requires_grad_(False)
     return model
@@ -408,8 +414,9 @@ def prepare(constants, accelerator, checkpoints, stop):
     """A Run that can begin, or go on from the last checkpoint: data read, model loaded, each picture encoded."""
     release = constants.model_id, constants.revision
     config, tokenizer = first_on_each_machine(accelerator, load_tokenizer, *release)
+    choose_views(config, constants.model_id, constants.tiles)
     datasets = from_main(accelerator, read_data, constants, config, tokenizer, stop)
-    model = first_on_each_machine(accelerator, load_model, *release).to(accelerator.device)
+    model = first_on_each_machine(accelerator, load_model, *release, config).to(accelerator.device)
     model.generation_config.max_new_tokens = most_new_tokens(datasets, config.max_text_tokens)
     print_parameters(model)
 

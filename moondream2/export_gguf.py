@@ -58,9 +58,13 @@ and with Ollama:
 
     ollama create {0} -f Modelfile
 
-Ask about one picture at a time, at temperature 0. The picture is seen in one view, without tiles; turn it upright and
-put it on white before, where its file has an EXIF orientation or transparency: the engines do neither.
+Ask about one picture at a time, at temperature 0. {4} Turn it upright and put it on white before, where its file has an
+EXIF orientation or transparency: the engines do neither.
 """
+VIEWS = {
+    True: "A large picture is seen in one view here, and less sharply than in training, where it had tiles as well.",
+    False: "It is seen in one view, as in training.",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +271,7 @@ def export(folder, target, kind):
         refuse_full(target.parent, size)
         names = f"text-model-{kind}.gguf", "mmproj-f16.gguf"
         name = re.sub(r"[^\w.-]+", "-", Path(folder).resolve().name)  # which Ollama takes, too
-        page = README.format(name, *names, most_new_tokens)
+        page = README.format(name, *names, most_new_tokens, VIEWS[config.has_tiles])
         with write_whole(target) as beside:
             beside.mkdir()
             write(text, beside / names[0], text_tensors, config, weights)

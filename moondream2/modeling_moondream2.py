@@ -74,6 +74,8 @@ class ReleaseConfig(PretrainedConfig):
     pad_token_id = bos_token_id = eos_token_id = None
     use_cache = True
     barred_token = None  # a token that no answer has but as its first
+    has_tiles = True  # large pictures are seen in tiles as well, and not in one view alone
+    can_leave_out_tiles = False  # `leave_out_tiles` makes it so that they aren't
 
     def __init__(self, text_config=None, vision_config=None, **kwargs):
         for name, value in (("text_config", text_config), ("vision_config", vision_config)):
@@ -695,7 +697,7 @@ class MoondreamVisionConfig(PretrainedConfig):
     defaults = {
         "image_size": 378,  # pixels a side of what the ViT sees at a time
         "patch_size": 14,
-        "tile_from": 512,  # a picture whose longer side is under this many pixels is seen whole, without tiles
+        "tile_from": 512,  # pixels of its longer side, from which a picture is seen in tiles as well; None: never
         "hidden_size": 1152,
         "intermediate_size": 4304,
         "num_hidden_layers": 27,
@@ -712,10 +714,18 @@ class MoondreamConfig(ReleaseConfig):
     """Moondream2 of 2024-08-26: the defaults are the released model."""
 
     sub_configs = {"text_config": MoondreamTextConfig, "vision_config": MoondreamVisionConfig}
+    can_leave_out_tiles = True
 
     def __init__(self, text_config=None, vision_config=None, region_features=256, **kwargs):
         self.region_features = region_features
         super().__init__(text_config, vision_config, **kwargs)
+
+    @property
+    def has_tiles(self):
+        return self.vision_config.tile_from is not None
+
+    def leave_out_tiles(self):
+        self.vision_config.tile_from = None
 
     def prompt_ids(self, questions, tokenizer):
         return token_ids([prompt_text(question) for question in questions], tokenizer)
@@ -742,7 +752,7 @@ def answer_text(answer):
 
 def preprocessed_size(width, height, image_size=378, tile_from=512):
     """The (height, width) that a picture of `width` x `height` pixels is resized to: one tile, two or four."""
-    if max(width, height) < tile_from:
+    if tile_from is None or max(width, height) < tile_from:
         return image_size, image_size
     one, two = image_size, 2 * image_size
     # The second term crosses height and width. The release was trained so; min() keeps its order at ties.

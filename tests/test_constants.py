@@ -28,6 +28,7 @@ TABLE = {
     "VALID_FILE": ("other_valid.jsonl", lambda run: run.read[1] == Path("other_valid.jsonl")),
     "TEST_FILE": ("other_test.jsonl", lambda run: run.read[2:] == [Path("other_test.jsonl")]),
     "OUTPUT_DIR": ("other_out", lambda run: run.made >= {"other_out/model.safetensors", "other_out/report.html"}),
+    "TILES": (False, lambda run: run.saved["vision_config"]["tile_from"] is None),
     "EPOCHS": (2, lambda run: [record["epoch"] for record in run.log] == [0, 1, 2]),
     "BATCH_SIZE": (3, lambda run: len(run.steps[0].sources) == 3 * len(run.steps[0].batches) and run.judged == 4 * 3),
     "LEARNING_RATE": (1e-3, lambda run: max(step.learning_rate for step in run.steps) == 1e-3),
@@ -99,6 +100,7 @@ def run_in(folder, *flags):
         begin(patch, *flags)
     output = folder / run.constants.output_dir
     run.made, run.log = files_in(folder) - before, lines_of(output / "training_log.jsonl")
+    run.saved = json.loads((output / "config.json").read_text())
     run.answered = {answer["source"] for answer in lines_of(output / "predictions.jsonl")}
 
     with pytest.MonkeyPatch.context() as patch:

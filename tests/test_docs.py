@@ -151,7 +151,7 @@ def check(words, monkeypatch):
         case ["llama-server", *flags]:
             files = "text-model-f16.gguf", "mmproj-f16.gguf"
             assert " ".join(["llama-server", *(flag.split("/")[-1] for flag in flags)]) in README_OF_EXPORT.format(
-                "name", *files, flags[-1]
+                "name", *files, flags[-1], "It is seen."
             )
         case _:
             pytest.fail(f"unknown command: {shlex.join(words)}")

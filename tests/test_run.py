@@ -265,6 +265,7 @@ def test_questions_without_an_answer_are_answered_and_not_scored(run_ask, data, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([], "give a picture and at least one question, a .jsonl file alone, or --serve"),
         (["images/valid_001.jpg"], "give a picture and at least one question"),
         (["valid.jsonl", "Why?"], "give a picture and at least one question"),
         (["images/valid_001.jpg", "Why?", "--against", TINY], "--against compares two models on a .jsonl file"),
