@@ -195,8 +195,11 @@ def print_parameters(model):
 
 def encode(datasets, vision_encoder, store, accelerator, stop):
     """Sends each picture through the encoder once, and leaves out what can't be decoded; returns {key: Picture}."""
-    pictures = {key: picture for each in datasets for key, picture in each.pictures.items()}
-    broken, remarks = keep_features(list(pictures.values()), vision_encoder, store, accelerator, stop.together)
+    pictures, files = {}, []
+    for each in datasets:
+        files.append([picture for key, picture in each.pictures.items() if key not in pictures])
+        pictures |= {picture.key: picture for picture in files[-1]}
+    broken, remarks = keep_features(files, vision_encoder, store, accelerator, stop.together)
     for each in datasets:
         each.remarks = remarks
     log.decoded([line for each in datasets for line in each.leave_out(broken)], remarked(*datasets))

@@ -122,7 +122,7 @@ def encode_once(pictures, vision_encoder, store):
     """Encodes the pictures for all models that have this encoder, as have those that were fine-tuned from one."""
     missing = [picture for picture in pictures if picture.key not in store]
     if missing and store.has_room(len(missing), show=False):
-        encode_pictures(chunks_with(missing, pictures), vision_encoder, store)
+        encode_pictures(chunks_with(missing, [pictures]), vision_encoder, store)
 
 
 def score(models, names, path, batch_size, output_dir):

@@ -44,7 +44,7 @@ def keep_and_tell(tiny):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     return lambda pictures, store, together=iter: keep_features(
-        pictures, tiny.vision_encoder, store, accelerator, together
+        [pictures], tiny.vision_encoder, store, accelerator, together
     )
 
 
@@ -484,7 +484,7 @@ def keep_twice(folder):
     pictures = [look(path) for path in sorted(folder.glob("*.png"))]
     for kept in folder / "features", None:
         store = FeatureStore(kept, model)
-        unusable, remarks = features.keep_features(pictures, model.vision_encoder, store, accelerator, iter)
+        unusable, remarks = features.keep_features([pictures], model.vision_encoder, store, accelerator, iter)
         print(json.dumps([[sorted(unusable), remarks], decoded]), flush=True)
         decoded.clear()
     accelerator.end_training()

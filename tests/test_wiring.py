@@ -180,9 +180,9 @@ def test_pictures_that_go_during_a_run_are_told_in_log_card_and_page(flags, run_
     """Features are not kept, and a picture with a question in train.jsonl goes after the pass that decodes each."""
     keep = script.keep_features
 
-    def keep_then_remove(pictures, *more):
-        broken = keep(pictures, *more)
-        pictures[0].path.unlink()
+    def keep_then_remove(files, *more):
+        broken = keep(files, *more)
+        files[0][0].path.unlink()
         return broken
 
     monkeypatch.setattr(script, "keep_features", keep_then_remove)
