@@ -1281,7 +1281,12 @@ class WordEmbeddings(nn.Module):
         return self.text_model[0].wte
 
     def forward(self, ids):
-        return F.embedding(ids, self.weight)
+        if not self.weight.is_meta:
+            return F.embedding(ids, self.weight)
+        from accelerate.utils import align_module_device  # which has offloaded it
+
+        with align_module_device(self.text_model[0]):
+            return F.embedding(ids, self.weight)
 
 
 class HfTextModel(Phi):

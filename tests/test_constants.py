@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import finetune_moondream as script
-from moondream2 import cli, launch, optimizer
+from moondream2 import cli, launch, modeling_moondream2, optimizer
 from moondream2.cli import InputError
 from tests.conftest import TINY, draw_picture, write_lines
 
@@ -133,9 +133,7 @@ def watch(run, patch):
 
     def load_model(*release, load=script.load_model):
         model = load(*release)
-        model.text_model.transformer.h[0].ln.register_forward_hook(
-            lambda *args: vars(run).update(layers=run.layers + 1)
-        )
+        model.text_model.layers[0].ln.register_forward_hook(lambda *args: vars(run).update(layers=run.layers + 1))
         return model
 
     def train_step(engine, batches, *more, step=script.train_step):
@@ -151,9 +149,10 @@ def watch(run, patch):
         gradients = [p.grad.float().norm() for group in self.param_groups for p in group["params"]]
         run.gradients.append(math.hypot(*torch.stack(gradients).tolist()))
 
-    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
-        stand_in = SimpleNamespace(from_pretrained=getattr(script, name).from_pretrained)
-        patch.setattr(script, name, stand_in)
+    owners = {"AutoConfig": script, "AutoModelForCausalLM": script, "AutoTokenizer": modeling_moondream2}
+    for name, owner in owners.items():
+        stand_in = SimpleNamespace(from_pretrained=getattr(owner, name).from_pretrained)
+        patch.setattr(owner, name, stand_in)
         noting(stand_in, "from_pretrained", lambda model, **words: run.loaded.append((model, words)))
     noting(script, "read_lines", lambda path, *more: run.read.append(path))
     noting(script, "whole_rows", lambda examples, prefix, pictures, most: vars(run).update(judged=pictures))
