@@ -201,6 +201,7 @@ def opened(folder):
         raise InputError(f"there is no folder {folder}: give that of a saved model, a run's OUTPUT_DIR")
     with checked_loading(folder, None) as loaded:
         config = loaded.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        refuse_two_way(folder, config)
         loaded.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         weights = safe_open(Path(folder, "model.safetensors"), "pt")
         for tensors in (text_tensors, vision_tensors):
@@ -243,6 +244,14 @@ def write(writer, path, tensors, config, weights):
         except OSError as error:  # numpy's, which counts what was written and leaves out why not all was
             raise OSError(f"the disk is full, or takes no more ({error})") from None
     writer.close()
+
+
+def refuse_two_way(folder, config):
+    if config.text_config.two_way_prefix:
+        raise InputError(
+            f"{folder} can't be exported: llama.cpp has no path for a prefix whose positions see each other both ways. "
+            "Serve it with Moondream's own engine: docs/serving.md"
+        )
 
 
 def refuse_taken(folder):

@@ -30,7 +30,7 @@ from moondream2.cli import InputError
 from moondream2.export_gguf import export
 from moondream2.modeling_moondream2 import prompt_text, token_ids
 from moondream2.scoring import METRICS
-from tests.conftest import ROOT, TINY, small_tokenizer
+from tests.conftest import ROOT, TINY, TINY_2025, small_tokenizer
 
 MARKER = f"<__media_{'a' * 32}__>"  # in the form of the server's own
 OLLAMA_MARKER = f"<__ollama_media_{'0' * 32}__>"
@@ -379,10 +379,20 @@ def without(folder, name):
     save_file(weights, folder / "model.safetensors")
 
 
+def replaced(folder, by):
+    shutil.rmtree(folder)
+    shutil.copytree(by, folder)
+
+
 SPOILT = {
     "no folder": (shutil.rmtree, "there is no folder {}: give that of a saved model, a run's OUTPUT_DIR"),
     "another model": (partial(changed, model_type="llama"), "{} is not Moondream2 of 2024-08-26 or"),
-    "a later release": (partial(changed, architectures=["HfMoondream"]), "(found HfMoondream, of another commit"),
+    "a later commit": (partial(changed, architectures=["HfMoondream"]), "(found HfMoondream, of another commit"),
+    "a release whose engine is another": (
+        partial(replaced, by=TINY_2025),
+        "{} can't be exported: llama.cpp has no path for a prefix whose positions see each other both ways. "
+        "Serve it with Moondream's own engine: docs/serving.md",
+    ),
     "adapters alone": (
         lambda folder: (folder / "adapter_config.json").touch(),
         "{} is not Moondream2 of 2024-08-26 or 2025-06-21 (it holds an adapter",
