@@ -443,6 +443,7 @@ class TextModel(Pretrained, GenerationMixin):
     """Phi-1.5, of which transformers' `generate` takes token ids or embeddings."""
 
     config_class = MoondreamTextConfig
+    adapter_targets = ("Wqkv", "out_proj", "fc1", "fc2")  # the names of the layers that LORA_RANK puts adapters on
 
     def __init__(self, config):
         super().__init__(config)
