@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moondream2 import cli, log
+from moondream2.adapters import add_adapters, merge, refuse_or_warn, save_adapter
 from moondream2.card import how_to_ask, model_card
 from moondream2.checkpoints import Checkpoints, Interrupted, Stop, resume_or_start, settings_of
 from moondream2.cli import InputError, MayChange, Share
@@ -38,9 +39,11 @@ from moondream2.launch import (
     own_batches,
     start,
     start_tracker,
+    whole_state,
     whole_weights,
 )
 from moondream2.loading import checked_loading
+from moondream2.machine import training_dtype
 from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
 from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead, set_up_pillow
@@ -63,7 +66,8 @@ OUTPUT_DIR: MayChange[str] = "./moondream_crosswalks_finetuned"  # the saved mod
 # How: most people edit no further than this --------------------------------------------------------------------------
 EPOCHS: MayChange[PositiveInt] = 5  # passes over the training data; the best one is saved, so more cost only time
 BATCH_SIZE: PositiveInt = 2  # questions in a micro-batch of one GPU: the most that fits, then GRAD_ACCUM_STEPS
-LEARNING_RATE: PositiveFloat = 3e-5  # small, as every weight of the text model moves
+LEARNING_RATE: PositiveFloat = 3e-5  # small, as every weight of the text model moves; adapters want more
+LORA_RANK: PositiveInt | None = None  # None: every weight; 16: adapters, alpha twice the rank, LEARNING_RATE 1e-3
 
 # The machine ---------------------------------------------------------------------------------------------------------
 GRAD_ACCUM_STEPS: PositiveInt = 1  # micro-batches in an optimizer step
@@ -178,21 +182,22 @@ def load_tokenizer(model_id, revision):
     return loaded.config, loaded.tokenizer
 
 
-def load_model(model_id, revision):
-    """Moondream2 in bfloat16, its vision encoder frozen."""
+def load_model(model_id, revision, dtype=torch.bfloat16):
+    """Moondream2, its vision encoder frozen."""
     with checked_loading(model_id, revision) as loaded:
         model, loaded.info = AutoModelForCausalLM.from_pretrained(
-            model_id, revision=revision, dtype=torch.bfloat16, trust_remote_code=False, output_loading_info=True
+            model_id, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     model.vision_encoder.requires_grad_(False)
     return model
 
 
 def print_parameters(model):
-    """The original run's line, which counts the region model; then what is really trained, the text model."""
+    """The original run's line, which counts the region model; then what is really trained, of the text model."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"Trainable parameters: {trainable:,} of {sum(p.numel() for p in model.parameters()):,}")
-    print(f"The optimizer holds {sum(p.numel() for p in model.text_model.parameters()):,}, the text model's")
+    held = sum(p.numel() for p in model.text_model.parameters() if p.requires_grad)
+    print(f"The optimizer holds {held:,}, the text model's")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,6 +279,8 @@ def train_step(engine, batches, vision_encoder, max_grad_norm):
             loss = answer_loss(text_model, batch, embeds, tokens_in_step, device)
             accelerator.backward(loss)
         losses.append(loss.detach())
+    if accelerator.scaler:  # float16: gradients are those of a loss that was multiplied, lest they become 0
+        accelerator.scaler.unscale_(optimizer.optimizer)
     loss, norm = accelerator.reduce(torch.stack(losses).sum(), "mean"), gradient_norm(text_model.parameters())
     torch.nn.utils.clip_grads_with_norm_(text_model.parameters(), max_grad_norm, norm)
     loss, norm, tokens = torch.stack([loss, norm, tokens]).tolist()
@@ -281,6 +288,8 @@ def train_step(engine, batches, vision_encoder, max_grad_norm):
     if step.is_applied:
         optimizer.step()
         scheduler.step()
+    elif accelerator.scaler:
+        accelerator.scaler.update()  # to a smaller one
     optimizer.zero_grad()
     return step
 
@@ -293,7 +302,7 @@ def train_epoch(engine, steps, vision_encoder, progress, checkpoints, stop, cons
         step = train_step(engine, batches, vision_encoder, constants.max_grad_norm)
         bad = 0 if step.is_applied else bad + 1
         if bad:
-            log.bad_step(step, batches, bad)
+            log.bad_step(step, batches, bad, engine.accelerator.scaler)
         else:
             progress.loss_sum += step.loss * step.tokens
             progress.tokens += step.tokens
@@ -349,8 +358,11 @@ def save(model, tokenizer, best_weights, card, folder):
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def finish(constants, progress, checkpoints, output, model, tokenizer, train, valid, test=None):
-    """Puts into OUTPUT_DIR the best epoch's model, its answers and the report; the checkpoints go."""
+def finish(constants, progress, checkpoints, output, model, merged, tokenizer, train, valid, test=None):
+    """Puts into OUTPUT_DIR the best epoch's model, its answers and the report; the checkpoints go.
+
+    `merged` are the text model's weights with the adapters in them, if there are any.
+    """
     progress.require_best()
     log.best(progress, constants.epochs)
     output.write_lines("training_log.jsonl", progress.history)  # a run may have been killed before it wrote the last
@@ -362,8 +374,13 @@ def finish(constants, progress, checkpoints, output, model, tokenizer, train, va
         output.remove("test_predictions.jsonl")  # of a run that this one replaces
     log.verdict(sets)
     write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, sets, device, test))
+    best, card = checkpoints.best_weights(), model_card(constants, progress, train, valid, test)
     with output.new_model() as folder:
-        save(model, tokenizer, checkpoints.best_weights(), model_card(constants, progress, train, valid, test), folder)
+        save(model, tokenizer, merged or best, card, folder)
+        if merged:
+            save_adapter(folder / "adapter", model, best, constants.lora_rank, constants.model_id, constants.revision)
+    if not merged:
+        output.remove("adapter")  # of a run that this one replaces
     checkpoints.discard()
     print(f"Saved to {output.path}, with report.html to look at. To ask it:\n\n{how_to_ask(output.path, valid)}")
 
@@ -375,13 +392,18 @@ def finish(constants, progress, checkpoints, output, model, tokenizer, train, va
 
 def fine_tune(constants, accelerator, output, checkpoints, stop):
     """A run, from its data to its saved model."""
+    from_main(accelerator, refuse_or_warn, constants.lora_rank, constants.learning_rate)
     release = constants.model_id, constants.revision
     config, tokenizer = first_on_each_machine(accelerator, load_tokenizer, *release)
     prefix = 1 + config.image_tokens  # positions of BOS and a picture, which begin each row
     max_text_tokens = config.text_config.max_position_embeddings - prefix
     datasets = from_main(accelerator, read_data, constants, tokenizer, max_text_tokens, stop)
     train, valid, *tests = datasets  # of which there is one or none
-    model = first_on_each_machine(accelerator, load_model, *release).to(accelerator.device)
+    dtype = training_dtype(accelerator.device, constants.lora_rank)
+    model = first_on_each_machine(accelerator, load_model, *release, dtype)
+    if constants.lora_rank:
+        add_adapters(model, constants.lora_rank, *release, constants.seed)
+    model.to(accelerator.device)
     model.generation_config.max_new_tokens = most_new_tokens(datasets, max_text_tokens)
     print_parameters(model)
 
@@ -438,11 +460,17 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
             if accelerator.is_main_process:
                 output.write_lines("training_log.jsonl", progress.history)
             accelerator.log(log.scores_of_epoch(record), progress.total_steps)
-    if tests and progress.best_epoch and not progress.is_tested:
+    merged, is_to_test = None, tests and not progress.is_tested
+    if progress.best_epoch and (constants.lora_rank or is_to_test):
         checkpoints.load_best()
-        take_test(*tests)
-        from_main(accelerator, checkpoints.save_test, progress)
-    from_main(accelerator, finish, constants, progress, checkpoints, output, model, tokenizer, *datasets)
+        if constants.lora_rank:
+            merge(model)
+            log.merged(judge(valid, "Validating, adapters merged", frozenset())[0], progress)
+            merged = whole_state(accelerator, engine.text_model)
+        if is_to_test:
+            take_test(*tests)
+            from_main(accelerator, checkpoints.save_test, progress)
+    from_main(accelerator, finish, constants, progress, checkpoints, output, model, merged, tokenizer, *datasets)
 
 
 def main():
@@ -451,7 +479,7 @@ def main():
     set_up_pillow()
     output = OutputDir(constants.output_dir)
     checkpoints = Checkpoints(output)
-    accelerator = start(constants.tracker, output.path)
+    accelerator = start(constants.tracker, output.path, constants.lora_rank)
     held = output.held(constants.model_id, constants.tracker) if accelerator.is_main_process else nullcontext()
     with one_speaks(accelerator), held, Stop(accelerator) as stop:
         from_main(accelerator, checkpoints.refuse_finished, constants.overwrite)

@@ -10,6 +10,7 @@ import sys
 from functools import cache
 
 import torch
+from safetensors.torch import save_file
 
 from moondream2.cli import InputError
 
@@ -115,3 +116,17 @@ def merge(model):
         base.weight.copy_(base.weight.float() + layer.scaling[NAME] * (b @ a))
         text_model.set_submodule(name, base)
     del model.peft_config
+
+
+def save_adapter(folder, model, weights, rank, model_id, revision):
+    """Fills a folder with the adapters alone in peft's format, for `PeftModel.from_pretrained` on the model as it came.
+
+    Args:
+        weights: {name in the text model: tensor}, as a checkpoint has them.
+    """
+    config = lora_config(model, rank, model_id, revision)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    prefix = f"base_model.model.{path_of(model)}"
+    named = {f"{prefix}.{name.replace(f'.{NAME}.', '.')}": tensor for name, tensor in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

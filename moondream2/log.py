@@ -1,9 +1,11 @@
 """What a run says while it goes: lines on the terminal, the progress bar, and training_log.jsonl."""
 
+import math
 import sys
 
 from tqdm import tqdm
 
+from moondream2.adapters import TOLERANCE
 from moondream2.cli import InputError
 from moondream2.summary import first, format_left_out
 from moondream2.verdict import sentences
@@ -65,15 +67,21 @@ def scores_of_step(step):
     return {"train_loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
 
 
-def bad_step(step, batches, in_a_row):
+def bad_step(step, batches, in_a_row, scaler=None):
     """Names the examples of a step that was not applied.
+
+    In float16 a gradient times the loss scale of `scaler` may be too large, which is then lowered: as long as that can
+    help, such steps are no fault of the run.
 
     Raises:
         InputError: it is the last of a few in a row.
     """
+    if scaler and math.isfinite(step.loss) and scaler.get_scale() >= 1:
+        tqdm.write(f"Step not applied: the loss scale falls to {scaler.get_scale():g}", sys.stderr)
+        return
     sources = ", ".join(example.source for batch in batches for row in batch["rows"] for example in row)
     tqdm.write(f"Step not applied: loss {step.loss}, gradient {step.grad_norm}; its examples: {sources}", sys.stderr)
-    if in_a_row == BAD_STEPS:
+    if in_a_row >= BAD_STEPS:
         raise InputError(
             f"{in_a_row} steps in a row without a finite loss and gradient, the last on {sources}: begin again with "
             f"--overwrite true and a lower LEARNING_RATE than {step.learning_rate:g}, or without these lines"
@@ -120,6 +128,15 @@ def best(progress, epochs):
     after = [decimals(loss) for each, loss in losses.items() if each > progress.best_epoch]
     if after:
         print(f"What followed was worse and is not in the saved model: {', '.join(after)}")
+
+
+def merged(loss, progress):
+    """Prints the validation loss with the adapters merged, and warns where rounding has changed it."""
+    apart = progress.history[progress.best_epoch]["valid_loss"]
+    print(f"Adapters merged into the weights: Validation Avg Loss {loss:.4f}, {apart:.4f} apart", flush=True)
+    if not abs(loss - apart) <= TOLERANCE * apart:
+        words = f"the merged weights, rounded, have a validation loss of {loss:.4f} in place of {apart:.4f}"
+        print(f"warning: {words}: adapter/ in OUTPUT_DIR is exact", file=sys.stderr)
 
 
 def verdict(sets, names=None):
