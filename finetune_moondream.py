@@ -7,6 +7,7 @@ A run in the order of this file: data, model, loss, training, saving. Data is fi
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
 from itertools import chain, islice
@@ -23,27 +24,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from moondream2 import cli, log
-from moondream2.adapters import add_adapters, merge, refuse_or_warn, save_adapter
+from moondream2 import adapters, cli, log
 from moondream2.card import how_to_ask, model_card
-from moondream2.checkpoints import Checkpoints, Interrupted, Stop, resume_or_start, settings_of
+from moondream2.checkpoints import Checkpoints, Interrupted, Progress, Stop, resume_or_start, settings_of
 from moondream2.cli import InputError, MayChange, Share
 from moondream2.data import Example, hold_out, read_lines, tokenize
 from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_new_tokens
 from moondream2.features import FeatureStore, image_embeds, keep_features
-from moondream2.launch import (
-    end,
-    first_on_each_machine,
-    from_main,
-    one_speaks,
-    own_batches,
-    start,
-    start_tracker,
-    whole_state,
-    whole_weights,
-)
+from moondream2.launch import end, first_on_each_machine, from_main, one_speaks, own_batches, start, start_tracker
 from moondream2.loading import checked_loading
-from moondream2.machine import training_dtype
 from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
 from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead, set_up_pillow
@@ -192,12 +181,14 @@ def load_model(model_id, revision, dtype=torch.bfloat16):
     return model
 
 
-def print_parameters(model):
-    """The original run's line, which counts the region model; then what is really trained, of the text model."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"Trainable parameters: {trainable:,} of {sum(p.numel() for p in model.parameters()):,}")
-    held = sum(p.numel() for p in model.text_model.parameters() if p.requires_grad)
-    print(f"The optimizer holds {held:,}, the text model's")
+def encode(datasets, vision_encoder, store, accelerator, stop):
+    """Sends each picture through the encoder once, and leaves out what can't be decoded; returns {key: Picture}."""
+    pictures = {key: picture for each in datasets for key, picture in each.pictures.items()}
+    broken, remarks = keep_features(list(pictures.values()), vision_encoder, store, accelerator, stop.together)
+    for each in datasets:
+        each.remarks = remarks
+    log.decoded([line for each in datasets for line in each.leave_out(broken)], remarked(*datasets))
+    return pictures
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,6 +224,20 @@ class Engine(NamedTuple):
     text_model: torch.nn.Module
     optimizer: Optimizer
     scheduler: LRScheduler
+
+
+class Run(NamedTuple):
+    """What the epochs of a run work with."""
+
+    datasets: list[VQADataset]  # of training, validation and, if there is a file for it, test
+    model: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    engine: Engine
+    progress: Progress
+    stop: Stop
+    sampler: StepSampler
+    room: tuple[int, int, int]  # of a batch that judges, as `whole_rows` takes it
+    read: Callable  # `read_batches`, filled in
 
 
 class Step(NamedTuple):
@@ -279,7 +284,7 @@ def train_step(engine, batches, vision_encoder, max_grad_norm):
             loss = answer_loss(text_model, batch, embeds, tokens_in_step, device)
             accelerator.backward(loss)
         losses.append(loss.detach())
-    if accelerator.scaler:  # float16: gradients are those of a loss that was multiplied, lest they become 0
+    if accelerator.scaler:  # float16, where the loss is multiplied, lest gradients become 0
         accelerator.scaler.unscale_(optimizer.optimizer)
     loss, norm = accelerator.reduce(torch.stack(losses).sum(), "mean"), gradient_norm(text_model.parameters())
     torch.nn.utils.clip_grads_with_norm_(text_model.parameters(), max_grad_norm, norm)
@@ -334,6 +339,21 @@ def finish_epoch(progress, valid_loss, answers, valid, seconds):
     return record, is_best
 
 
+def judge(run, dataset, title, asked):
+    """Avg Loss of a dataset with the weights as they are now, and the answers to what is asked of it."""
+    batches = own_batches(run.engine.accelerator, whole_rows(dataset, *run.room))
+    with closing(run.read(batches, title, len(batches))) as batches:
+        return evaluate(run.model, run.tokenizer, run.stop.heeded(batches), asked)
+
+
+def take_test(run, train, test):
+    """All questions of the test file, to the model as it came and then to the one that is saved."""
+    loss, answers = judge(run, test, "Testing", {example.key for example in test})
+    record = run.progress.enter_test(loss, accuracy_of(test, answers), answers)
+    log.test(record, run.progress.history[0], baseline_accuracy(train, test))
+    run.engine.accelerator.log(log.scores_of_test(record), run.progress.total_steps)
+
+
 def read_batches(batches, title, total, done=0, *, lay_out, progress, is_shown):
     """The collated micro-batches, which threads read ahead, behind a progress bar."""
     return log.shown(read_ahead(partial(collate, lay_out=lay_out), batches), title, total, done, progress, is_shown)
@@ -358,11 +378,8 @@ def save(model, tokenizer, best_weights, card, folder):
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def finish(constants, progress, checkpoints, output, model, merged, tokenizer, train, valid, test=None):
-    """Puts into OUTPUT_DIR the best epoch's model, its answers and the report; the checkpoints go.
-
-    `merged` are the text model's weights with the adapters in them, if there are any.
-    """
+def finish(constants, progress, checkpoints, output, merged, model, tokenizer, train, valid, test=None):
+    """Puts into OUTPUT_DIR the best epoch's model, its answers and the report; the checkpoints go."""
     progress.require_best()
     log.best(progress, constants.epochs)
     output.write_lines("training_log.jsonl", progress.history)  # a run may have been killed before it wrote the last
@@ -378,9 +395,7 @@ def finish(constants, progress, checkpoints, output, model, merged, tokenizer, t
     with output.new_model() as folder:
         save(model, tokenizer, merged or best, card, folder)
         if merged:
-            save_adapter(folder / "adapter", model, best, constants.lora_rank, constants.model_id, constants.revision)
-    if not merged:
-        output.remove("adapter")  # of a run that this one replaces
+            adapters.save(folder / adapters.FOLDER, model, best, constants)
     checkpoints.discard()
     print(f"Saved to {output.path}, with report.html to look at. To ask it:\n\n{how_to_ask(output.path, valid)}")
 
@@ -390,35 +405,28 @@ def finish(constants, progress, checkpoints, output, model, merged, tokenizer, t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fine_tune(constants, accelerator, output, checkpoints, stop):
-    """A run, from its data to its saved model."""
-    from_main(accelerator, refuse_or_warn, constants.lora_rank, constants.learning_rate)
+def prepare(constants, accelerator, checkpoints, stop):
+    """A Run that can begin, or go on from the last checkpoint: data read, model loaded, each picture encoded."""
+    from_main(accelerator, adapters.refuse_or_warn, constants.lora_rank, constants.learning_rate)
     release = constants.model_id, constants.revision
     config, tokenizer = first_on_each_machine(accelerator, load_tokenizer, *release)
     prefix = 1 + config.image_tokens  # positions of BOS and a picture, which begin each row
     max_text_tokens = config.text_config.max_position_embeddings - prefix
     datasets = from_main(accelerator, read_data, constants, tokenizer, max_text_tokens, stop)
-    train, valid, *tests = datasets  # of which there is one or none
-    dtype = training_dtype(accelerator.device, constants.lora_rank)
+    dtype = torch.float16 if accelerator.scaler else torch.bfloat16
     model = first_on_each_machine(accelerator, load_model, *release, dtype)
-    if constants.lora_rank:
-        add_adapters(model, constants.lora_rank, *release, constants.seed)
-    model.to(accelerator.device)
+    model = adapters.add(model, constants).to(accelerator.device)
     model.generation_config.max_new_tokens = most_new_tokens(datasets, max_text_tokens)
-    print_parameters(model)
+    log.parameters(model)
 
     store = FeatureStore(constants.features_dir, model)
     settings = settings_of(constants, cli.may_change(sys.modules[__name__]), datasets, store.key)
     progress = from_main(accelerator, resume_or_start, checkpoints, settings, constants, accelerator.num_processes)
     start_tracker(accelerator, constants, progress)
-    pictures = {key: picture for each in datasets for key, picture in each.pictures.items()}
-    broken, remarks = keep_features(list(pictures.values()), model.vision_encoder, store, accelerator, stop.together)
-    for each in datasets:
-        each.remarks = remarks
-    log.decoded([line for each in datasets for line in each.leave_out(broken)], remarked(*datasets))
+    pictures = encode(datasets, model.vision_encoder, store, accelerator, stop)
 
     order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
-    sampler = StepSampler(train, prefix, *order, accelerator.process_index, accelerator.num_processes)
+    sampler = StepSampler(datasets[0], prefix, *order, accelerator.process_index, accelerator.num_processes)
     log.step_size(sampler, constants.batch_size)
     engine = build_engine(model, accelerator, sampler.steps, constants)
     checkpoints.watch(*engine)
@@ -426,20 +434,14 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
 
     lay = partial(lay_out, pictures=pictures, store=store, bos=tokenizer.bos_token_id, image_tokens=config.image_tokens)
     read = partial(read_batches, lay_out=lay, progress=progress, is_shown=accelerator.is_main_process)
+    room = prefix, 4 * constants.batch_size, max_text_tokens
+    return Run(datasets, model, tokenizer, engine, progress, stop, sampler, room, read)
 
-    def judge(dataset, title, asked):
-        """Avg Loss of a dataset with the weights as they are now, and the answers to what is asked of it."""
-        batches = own_batches(accelerator, whole_rows(dataset, prefix, 4 * constants.batch_size, max_text_tokens))
-        with whole_weights(engine.text_model), closing(read(batches, title, len(batches))) as batches:
-            return evaluate(model, tokenizer, stop.heeded(batches), asked)
 
-    def take_test(test):
-        """All questions of the test file, to the model as it came and then to the one that is saved."""
-        loss, answers = judge(test, "Testing", {example.key for example in test})
-        record = progress.enter_test(loss, accuracy_of(test, answers), answers)
-        log.test(record, progress.history[0], baseline_accuracy(train, test))
-        accelerator.log(log.scores_of_test(record), progress.total_steps)
-
+def fine_tune(constants, accelerator, output, checkpoints, stop):
+    """A run, from its data to its saved model."""
+    run = prepare(constants, accelerator, checkpoints, stop)
+    progress, sampler, (train, valid, *tests) = run.progress, run.sampler, run.datasets  # tests: one or none
     asked, baseline = draw_questions(valid, constants.valid_answers, constants.seed), baseline_accuracy(train, valid)
     with checkpoints.saved_if_stopped(progress):
         while progress.goes_on(constants.epochs, constants.patience):
@@ -447,30 +449,30 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
             if progress.epoch:
                 title, done = f"Epoch {progress.epoch} of {constants.epochs}", progress.step * sampler.accum
                 batches = chain.from_iterable(sampler.epoch(progress.epoch, progress.step))
-                with closing(read(batches, title, sampler.steps * sampler.accum, done)) as batches:
+                with closing(run.read(batches, title, sampler.steps * sampler.accum, done)) as batches:
                     steps = in_steps(batches, sampler.accum)
-                    train_epoch(engine, steps, model.vision_encoder, progress, checkpoints, stop, constants)
-            loss, answers = judge(valid, "Validating", asked)
+                    train_epoch(run.engine, steps, run.model.vision_encoder, progress, checkpoints, stop, constants)
+            loss, answers = judge(run, valid, "Validating", asked)
             record, is_best = finish_epoch(progress, loss, answers, valid, time.monotonic() - clock)
             log.epoch(record, progress.history[0], baseline, constants.epochs)
             if record["epoch"]:
                 checkpoints.save(progress, is_best)
             elif tests:
-                take_test(*tests)
+                take_test(run, train, *tests)
             if accelerator.is_main_process:
                 output.write_lines("training_log.jsonl", progress.history)
             accelerator.log(log.scores_of_epoch(record), progress.total_steps)
-    merged, is_to_test = None, tests and not progress.is_tested
-    if progress.best_epoch and (constants.lora_rank or is_to_test):
+    is_to_test, merged = tests and progress.best_epoch and not progress.is_tested, None
+    if is_to_test or (constants.lora_rank and progress.best_epoch):
         checkpoints.load_best()
-        if constants.lora_rank:
-            merge(model)
-            log.merged(judge(valid, "Validating, adapters merged", frozenset())[0], progress)
-            merged = whole_state(accelerator, engine.text_model)
-        if is_to_test:
-            take_test(*tests)
-            from_main(accelerator, checkpoints.save_test, progress)
-    from_main(accelerator, finish, constants, progress, checkpoints, output, model, merged, tokenizer, *datasets)
+    if constants.lora_rank and progress.best_epoch:
+        merged = adapters.merge(run.model, *run.engine[:2])  # the text model's weights
+        log.merged(judge(run, valid, "Validating, adapters merged", ())[0], progress)
+    if is_to_test:
+        take_test(run, train, *tests)
+        from_main(accelerator, checkpoints.save_test, progress)
+    saved = merged, run.model, run.tokenizer, *run.datasets
+    from_main(accelerator, finish, constants, progress, checkpoints, output, *saved)
 
 
 def main():

@@ -16,8 +16,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
-from moondream2 import cli, log
-from moondream2.adapters import add_adapters, refuse_or_warn
+from moondream2 import adapters, cli, log
 from moondream2.checkpoints import Checkpoints
 from moondream2.launch import refuse_missing_tracker
 from moondream2.output_dir import OutputDir
@@ -37,7 +36,7 @@ def check(constants):
         InputError: the run would end with it.
     """
     refuse_missing_tracker(constants.tracker)
-    refuse_or_warn(constants.lora_rank, constants.learning_rate)
+    adapters.refuse_or_warn(constants.lora_rank, constants.learning_rate)
     output = OutputDir(constants.output_dir)
     output.look(constants.model_id, constants.tracker)
     checkpoints = Checkpoints(output)
@@ -54,9 +53,8 @@ def check(constants):
     model.vision_encoder.requires_grad_(False)
     all_weights = WEIGHT * sum(p.numel() for p in model.parameters())
     text_weights = WEIGHT * sum(p.numel() for p in model.text_model.parameters())
-    if constants.lora_rank:
-        add_adapters(model, constants.lora_rank, constants.model_id, constants.revision, constants.seed)
-    script.print_parameters(model)
+    adapters.add(model, constants)
+    log.parameters(model)
 
     order = constants.batch_size * constants.grad_accum_steps, constants.batch_size
     train = datasets[0]

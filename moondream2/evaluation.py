@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from moondream2.cli import InputError
 from moondream2.features import image_embeds
-from moondream2.launch import gather
+from moondream2.launch import gather, whole_weights
 from moondream2.modeling_moondream2 import to_answer
 from moondream2.rows import text_inputs
 from moondream2.scoring import is_correct, mean
@@ -35,12 +35,13 @@ def evaluate(model, tokenizer, batches, asked=frozenset()):
     """
     model.eval()
     losses, tokens, answers = [], 0, {}
-    for batch in batches:
-        if batch["rows"]:
-            loss, texts = evaluate_batch(model, tokenizer, batch, asked)
-            losses.append(loss)
-            tokens += len(batch["answer_positions"])
-            answers |= texts
+    with whole_weights(model):
+        for batch in batches:
+            if batch["rows"]:
+                loss, texts = evaluate_batch(model, tokenizer, batch, asked)
+                losses.append(loss)
+                tokens += len(batch["answer_positions"])
+                answers |= texts
     losses, tokens = gather(torch.stack(losses).tolist() if losses else []), sum(gather([tokens]))
     if not tokens:
         raise InputError("no picture of the questions that judge the model can be read any more")

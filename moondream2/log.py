@@ -5,11 +5,11 @@ import sys
 
 from tqdm import tqdm
 
-from moondream2.adapters import TOLERANCE
 from moondream2.cli import InputError
 from moondream2.summary import first, format_left_out
 from moondream2.verdict import sentences
 
+TOLERANCE = 1e-3  # of a loss: by how much rounding merged weights may change it unsaid
 BAD_STEPS = 3  # steps in a row without a finite gradient that end a run
 
 
@@ -28,6 +28,13 @@ def held_out(train, held):
         sources.setdefault(example.picture, example.source)
     pictures = f"{len(sources):,} of {len(sources) + len(train.pictures):,} pictures in {train.path}"
     print(f"No VALID_FILE: {pictures} judge each epoch, with {len(held):,} questions ({first(sources.values())})")
+
+
+def parameters(model):
+    """Prints the original run's line, which counts the region model; then what is really trained."""
+    trained, held = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (model, model.text_model))
+    print(f"Trainable parameters: {trained:,} of {sum(p.numel() for p in model.parameters()):,}")
+    print(f"The optimizer holds {held:,}, the text model's")
 
 
 def step_size(sampler, batch_size):

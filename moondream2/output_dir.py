@@ -173,10 +173,13 @@ class OutputDir:
             yield beside
         self.own(LAST).unlink(missing_ok=True)
         sync(self.path)
+        adapted = (folder / "adapter").exists()
         for file in sorted(folder.iterdir(), key=lambda file: file.name == LAST):
             if file.is_dir():  # which replaces no other
                 remove(self.own(file.name))
             file.replace(self.own(file.name))
+        if not adapted:
+            self.remove("adapter")  # of the model that this one replaces
         sync(self.path)
         folder.rmdir()
 

@@ -25,14 +25,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune_moondream as script
-from moondream2.adapters import add_adapters, merge
+from moondream2 import adapters
 from moondream2.data import Example, Line, tokenize
 from moondream2.evaluation import evaluate
 from moondream2.features import CHUNK, FeatureStore, encode_pictures, image_embeds
 from moondream2.modeling_moondream2 import Moondream, MoondreamConfig
 from moondream2.pictures import look, pixels_of
 from moondream2.rows import lay_out, rows_of
-from tests.conftest import TINY, engine_of, start_script, write_lines
+from tests.conftest import TINY, constants, engine_of, start_script, write_lines
 
 VALID_SHARE = 0.25  # validation questions for each training question
 # As the sample data's, some of which are seen in tiles: 1, 3, 1, 5, 1, 3, 1 and 1 passes of the vision transformer.
@@ -176,12 +176,12 @@ class Adapted(Ours):
         self.rank = rank
 
     def start(self):
-        add_adapters(self.model, self.rank, "random", None, 0)
+        adapters.add(self.model, constants(lora_rank=self.rank))
         super().start()
 
     def stop(self):
+        adapters.merge(self.model, *self.engine[:2])
         super().stop()
-        merge(self.model)
         self.model.text_model.requires_grad_(True)
 
 
