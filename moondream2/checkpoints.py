@@ -263,8 +263,10 @@ class Checkpoints:
             set_optimizer_state_dict(self.model, self.optimizer, state.get("optimizer", {}), options=options)
 
     def to_load(self):
-        """How states are brought in: the main process has them, whole."""
-        return StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.accelerator.num_processes > 1)
+        """How states are brought in: the main process has them, whole; none of what is frozen."""
+        is_whole = all(p.requires_grad for p in self.model.parameters())
+        several = self.accelerator.num_processes > 1
+        return StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=is_whole)
 
     def load_best(self):
         """Brings the weights of the best epoch into what is watched; called by all processes."""

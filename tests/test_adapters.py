@@ -17,6 +17,7 @@ import finetune_moondream as script
 from moondream2 import adapters, launch, log, machine
 from moondream2.adapters import ALPHA, config_of, layers_of, refuse_or_warn
 from moondream2.cli import InputError
+from moondream2.evaluation import LEAST_NEW_TOKENS
 from moondream2.features import image_embeds
 from moondream2.pictures import pixels_of
 from moondream2.rows import rows_of, text_inputs
@@ -206,7 +207,8 @@ def test_adapters_keep_no_more_for_the_backward_pass_than_every_weight_does(toke
 def answers_of(model, tokenizer, data):
     prepare = model.vision_encoder.preprocess
     embeds = {key: model.encode_image([pixels_of(picture, prepare)]) for key, picture in data.pictures.items()}
-    return [model.answer_question(embeds[each.picture], each.question, tokenizer) for each in data.examples]
+    most = {"max_new_tokens": LEAST_NEW_TOKENS}
+    return {each.source: model.answer_question(embeds[each.picture], each.question, tokenizer, **most) for each in data}
 
 
 def loss_of(model, tokenizer, data):
@@ -233,16 +235,14 @@ def test_the_merged_model_and_the_adapter_on_the_release_say_what_the_run_said(
     folder, valid = flags["output_dir"], dataset(flags["valid_file"], tokenizer)
     best = min(log_of(folder)[1:], key=lambda record: record["valid_loss"])
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    apart = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), folder / "adapter"
-    )
-    apart = apart.eval()
+    release = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).float()  # as the run has loaded it
+    apart = peft.PeftModel.from_pretrained(release, folder / "adapter").eval()
     for model in (merged, apart):
         assert loss_of(model, tokenizer, valid) == pytest.approx(best["valid_loss"], rel=1e-5)
         assert best["valid_loss"] < 0.9 * log_of(folder)[0]["valid_loss"]
         for name, data in (("predictions", valid), ("test_predictions", dataset(test_file, tokenizer))):
-            lines = (folder / f"{name}.jsonl").read_text().splitlines()
-            assert answers_of(model, tokenizer, data) == [json.loads(line)["after"] for line in lines]
+            lines = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+            assert answers_of(model, tokenizer, data) == {line["source"]: line["after"] for line in lines}
     text = f"{best['valid_loss']:.4f}"
     out, err = capsys.readouterr()
     assert f"Adapters merged into the weights: Validation Avg Loss {text}, {text} apart\n" in out

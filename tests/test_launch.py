@@ -144,8 +144,9 @@ def reference(tmp_path_factory):
         pytest.param(3, 2, 1, {}, marks=slow),  # 3 steps of 6, then 1 for three processes
         pytest.param(2, 1, 2, {}, marks=slow),
         (2, 2, 1, {"group_by_picture": "true", "gradient_checkpointing": "true"}),
+        (2, 2, 1, {"lora_rank": 4, "learning_rate": 1e-3, "epochs": 1}),
     ],
-    ids=["two", "three", "two that accumulate", "two, grouped and checkpointed"],
+    ids=["two", "three", "two that accumulate", "two, grouped and checkpointed", "two, of adapters"],
 )
 def test_processes_train_as_one(flags, reference, tmp_path, processes, batch_size, accum, changes):
     folder, one = reference(flags, processes * batch_size * accum, **changes)
@@ -327,9 +328,14 @@ def test_stopped_it_goes_on_in_another_number_of_processes(flags, whole, tmp_pat
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_sharded_it_trains_as_one(flags, reference, tmp_path):
-    folder, one = reference(flags, 4)
-    several = trained(2, flags, tmp_path, sharded)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"lora_rank": 4, "learning_rate": 1e-3, "epochs": 1}, marks=slow)],
+    ids=["every weight", "adapters"],
+)
+def test_sharded_it_trains_as_one(flags, reference, tmp_path, changes):
+    folder, one = reference(flags, 4, **changes)
+    several = trained(2, flags, tmp_path, sharded, **changes)
     assert all(noted["sharded"] for noted in several) and not one["sharded"]
     assert_same_training(one, several, folder, tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
