@@ -56,7 +56,7 @@ OUTPUT_DIR: MayChange[str] = "./moondream_crosswalks_finetuned"  # the saved mod
 EPOCHS: MayChange[PositiveInt] = 5  # passes over the training data; the best one is saved, so more cost only time
 BATCH_SIZE: PositiveInt = 2  # questions in a micro-batch of one GPU: the most that fits, then GRAD_ACCUM_STEPS
 LEARNING_RATE: PositiveFloat = 3e-5  # small, as every weight of the text model moves; adapters want more
-LORA_RANK: PositiveInt | None = None  # None: every weight; 16: adapters, alpha twice the rank, LEARNING_RATE 1e-3
+LORA_RANK: PositiveInt | None = None  # None: every weight; 16: adapters, alpha twice the rank, LEARNING_RATE 3e-4
 
 # The machine ---------------------------------------------------------------------------------------------------------
 GRAD_ACCUM_STEPS: PositiveInt = 1  # micro-batches in an optimizer step

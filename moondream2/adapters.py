@@ -34,7 +34,7 @@ def refuse_or_warn(lora_rank, learning_rate):
         raise InputError(f"LORA_RANK needs the package of its adapters: pip install {PACKAGE}")
     if learning_rate <= FULL_RATE:
         rate = f"LEARNING_RATE {learning_rate:g} is one for every weight"
-        print(f"warning: {rate}; adapters, which begin at 0, learn little at it: try 1e-3", file=sys.stderr)
+        print(f"warning: {rate}; adapters, which begin at 0, learn little at it: try 3e-4", file=sys.stderr)
 
 
 def add(model, constants):

@@ -171,9 +171,9 @@ class OutputDir:
         with write_whole(folder) as beside:
             beside.mkdir()
             yield beside
+        adapted = (folder / "adapter").exists()
         self.own(LAST).unlink(missing_ok=True)
         sync(self.path)
-        adapted = (folder / "adapter").exists()
         for file in sorted(folder.iterdir(), key=lambda file: file.name == LAST):
             if file.is_dir():  # which replaces no other
                 remove(self.own(file.name))
