@@ -321,7 +321,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_from_a_checkpoint_of_adapters(
     if dtype == "float16":
         request.getfixturevalue("on_an_old_card")
         monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**22))  # too large
-    flags |= {"test_file": test_file, "checkpoint_minutes": 60}
+    flags |= {"test_file": test_file, "checkpoint_minutes": 60, "valid_answers": 1}
     whole, cut = (flags["output_dir"].with_name(name) for name in ("whole", "cut"))
     run_main(**flags | {"output_dir": whole})
     with monkeypatch.context() as patch:
