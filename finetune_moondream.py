@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moondream2 import adapters, cli, log
 from moondream2.card import how_to_ask, model_card
@@ -99,16 +99,16 @@ class VQADataset(Dataset):
         InputError: no example is left.
     """
 
-    def __init__(self, path, lines, found, tokenizer, max_text_tokens):
+    def __init__(self, path, lines, found, config, tokenizer):
         self.path, self.examples, self.pictures, self.skipped, self.remarks = Path(path), [], {}, [], {}
-        for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, tokenizer), strict=True):
+        for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, config, tokenizer), strict=True):
             picture, tokens = found[line.image_path], len(prompt_ids) + len(answer_ids)
             if line.lacks:
                 self.skipped.append((line.source, line.lacks))
             elif isinstance(picture, PictureError):  # missing, or broken
                 self.skipped.append((line.source, picture.reason(line.image_path)))
-            elif tokens > max_text_tokens:
-                self.skipped.append((line.source, f"too long: {tokens} tokens of text, {max_text_tokens} fit"))
+            elif tokens > config.max_text_tokens:
+                self.skipped.append((line.source, f"too long: {tokens} tokens of text, {config.max_text_tokens} fit"))
             else:
                 self.pictures.setdefault(picture.key, picture)
                 self.examples.append(Example(*line, picture.key, prompt_ids, answer_ids))
@@ -139,7 +139,7 @@ class VQADataset(Dataset):
         return self.examples[i]
 
 
-def read_data(constants, tokenizer, max_text_tokens, stop):
+def read_data(constants, config, tokenizer, stop):
     """The datasets of training, validation and, if there is a file for it, test, and a table of what is in them.
 
     What is malformed in any of the files is said before a picture is read.
@@ -149,7 +149,7 @@ def read_data(constants, tokenizer, max_text_tokens, stop):
     known, datasets = KnownPictures(constants.features_dir), []
     for path, lines in files:
         found = find_pictures(path, lines, known, stop.check_alone)
-        datasets.append(VQADataset(path, lines, found, tokenizer, max_text_tokens))
+        datasets.append(VQADataset(path, lines, found, config, tokenizer))
         log.skipped(datasets[-1])
     if constants.valid_file is None:
         datasets.insert(1, hold_out(datasets[0]))
@@ -167,7 +167,7 @@ def load_tokenizer(model_id, revision):
     """Moondream2's configuration and tokenizer. No code of the hub is run, here or below."""
     with checked_loading(model_id, revision) as loaded:
         loaded.config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
-        loaded.tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+        loaded.tokenizer = loaded.config.load_tokenizer(model_id, revision)
     return loaded.config, loaded.tokenizer
 
 
@@ -372,7 +372,7 @@ def in_steps(batches, accum):
 
 def save(model, tokenizer, best_weights, card, folder):
     """Fills a folder with the best epoch's model, complete in itself: weights, the model's code, tokenizer and card."""
-    weights = model.state_dict() | {f"text_model.{name}": tensor for name, tensor in best_weights.items()}
+    weights = model.state_dict() | {f"{model.text_name}.{name}": tensor for name, tensor in best_weights.items()}
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -410,13 +410,11 @@ def prepare(constants, accelerator, checkpoints, stop):
     from_main(accelerator, adapters.refuse_or_warn, constants.lora_rank, constants.learning_rate)
     release = constants.model_id, constants.revision
     config, tokenizer = first_on_each_machine(accelerator, load_tokenizer, *release)
-    prefix = 1 + config.image_tokens  # positions of BOS and a picture, which begin each row
-    max_text_tokens = config.text_config.max_position_embeddings - prefix
-    datasets = from_main(accelerator, read_data, constants, tokenizer, max_text_tokens, stop)
+    datasets = from_main(accelerator, read_data, constants, config, tokenizer, stop)
     dtype = torch.float16 if accelerator.scaler else torch.bfloat16
     model = first_on_each_machine(accelerator, load_model, *release, dtype)
     model = adapters.add(model, constants).to(accelerator.device)
-    model.generation_config.max_new_tokens = most_new_tokens(datasets, max_text_tokens)
+    model.generation_config.max_new_tokens = most_new_tokens(datasets, config.max_text_tokens)
     log.parameters(model)
 
     store = FeatureStore(constants.features_dir, model)
@@ -426,7 +424,9 @@ def prepare(constants, accelerator, checkpoints, stop):
     pictures = encode(datasets, model.vision_encoder, store, accelerator, stop)
 
     order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
-    sampler = StepSampler(datasets[0], prefix, *order, accelerator.process_index, accelerator.num_processes)
+    sampler = StepSampler(
+        datasets[0], config.prefix_tokens, *order, accelerator.process_index, accelerator.num_processes
+    )
     log.step_size(sampler, constants.batch_size)
     engine = build_engine(model, accelerator, sampler.steps, constants)
     checkpoints.watch(*engine)
@@ -434,7 +434,7 @@ def prepare(constants, accelerator, checkpoints, stop):
 
     lay = partial(lay_out, pictures=pictures, store=store, bos=tokenizer.bos_token_id, image_tokens=config.image_tokens)
     read = partial(read_batches, lay_out=lay, progress=progress, is_shown=accelerator.is_main_process)
-    room = prefix, 4 * constants.batch_size, max_text_tokens
+    room = config.prefix_tokens, 4 * constants.batch_size, config.max_text_tokens
     return Run(datasets, model, tokenizer, engine, progress, stop, sampler, room, read)
 
 

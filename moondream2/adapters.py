@@ -6,6 +6,7 @@ docs/small-cards.md has what that costs and gains.
 """
 
 import importlib.util
+import re
 import sys
 from functools import cache
 
@@ -73,15 +74,10 @@ def config_of(model, constants):
         task_type="CAUSAL_LM",
         r=constants.lora_rank,
         lora_alpha=ALPHA * constants.lora_rank,
-        target_modules=rf"{path_of(model)}\..*\.({'|'.join(model.text_model.adapter_targets)})",
+        target_modules=rf"{re.escape(model.text_name)}\..*\.({'|'.join(model.text_model.adapter_targets)})",
         base_model_name_or_path=str(constants.model_id),
         revision=constants.revision,
     )
-
-
-def path_of(model):
-    """The text model's name within the model."""
-    return next(name for name, module in model.named_modules() if module is model.text_model)
 
 
 def layers_of(model):
@@ -135,6 +131,6 @@ def save(folder, model, weights, constants):
     config = config_of(model, constants)
     config.inference_mode = True
     config.save_pretrained(folder)
-    path = f"base_model.model.{path_of(model)}"
+    path = f"base_model.model.{model.text_name}"
     named = {f"{path}.{name.replace(f'.{NAME}.', '.')}": tensor for name, tensor in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from moondream2 import cli, log
 from moondream2.cli import InputError
@@ -37,11 +37,10 @@ def load(folder):
     if not Path(folder).is_dir():
         raise InputError(f"there is no folder {folder}: give that of a saved model, a run's OUTPUT_DIR")
     with checked_loading(folder, None) as loaded:
-        loaded.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, loaded.info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, trust_remote_code=False, output_loading_info=True
         )
-        loaded.config = model.config
+        loaded.tokenizer = model.config.load_tokenizer(folder)
     return model, loaded.tokenizer
 
 
@@ -63,7 +62,7 @@ def ask(model, tokenizer, path, questions):
         print(f"  {sureness(answer.probability)} sure{cut}", file=sys.stderr, flush=True)
 
 
-def read_questions(path, tokenizer, max_text_tokens):
+def read_questions(path, config, tokenizer):
     """The examples of a JSONL file, in the form of a dataset: path, examples, pictures by their key, skipped.
 
     An example without answers is a question that is asked, and has no say in accuracy and loss.
@@ -71,13 +70,13 @@ def read_questions(path, tokenizer, max_text_tokens):
     lines = read_lines(path, tokenizer.eos_token, is_labelled=False)
     data = SimpleNamespace(path=path, examples=[], pictures={}, skipped=[])
     found = find_pictures(path, lines, KnownPictures(None))
-    for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, tokenizer), strict=True):
+    for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, config, tokenizer), strict=True):
         picture = found[line.image_path]
         if line.lacks and not line.is_only_asked:
             data.skipped.append((line.source, line.lacks))
         elif isinstance(picture, PictureError):
             data.skipped.append((line.source, picture.reason(line.image_path)))
-        elif len(prompt_ids) + len(answer_ids) > max_text_tokens:
+        elif len(prompt_ids) + len(answer_ids) > config.max_text_tokens:
             data.skipped.append((line.source, f"too long: {len(prompt_ids) + len(answer_ids)} tokens of text"))
         else:
             data.pictures.setdefault(picture.key, picture)
@@ -96,16 +95,15 @@ def answers_of(model, tokenizer, data, batch_size, features_dir=None):
         Avg Loss of those that have an answer, None without any; {key: Answer} of all; (source, reason) of those whose
         picture can't be decoded.
     """
-    prefix, most = 1 + model.config.image_tokens, model.config.text_config.max_position_embeddings
-    store, bos = FeatureStore(features_dir, model), tokenizer.bos_token_id
+    config, store, bos = model.config, FeatureStore(features_dir, model), tokenizer.bos_token_id
     if features_dir:
         encode_once(list(data.pictures.values()), model.vision_encoder, store)
-    read = partial(lay_out, pictures=data.pictures, store=store, bos=bos, image_tokens=model.config.image_tokens)
+    read = partial(lay_out, pictures=data.pictures, store=store, bos=bos, image_tokens=config.image_tokens)
     told = SimpleNamespace(left_out=[], tokens=0)
 
     def asked(examples):
         """Avg Loss and {key: Answer} of these examples."""
-        rows = whole_rows(examples, prefix, 4 * batch_size, most - prefix)
+        rows = whole_rows(examples, config.prefix_tokens, 4 * batch_size, config.max_text_tokens)
         batches = log.shown(read_ahead(read, rows), "Asking", len(rows), 0, told, is_shown=True)
         return evaluate(model, tokenizer, batches, {example.key for example in examples})
 
@@ -135,8 +133,7 @@ def score(models, names, path, batch_size, output_dir):
     with TemporaryDirectory() as folder:
         for model, tokenizer in models:
             if data is None:
-                most = model.config.text_config.max_position_embeddings - 1 - model.config.image_tokens
-                data = read_questions(path, tokenizer, most)
+                data = read_questions(path, model.config, tokenizer)
                 log.skipped(data)
             results.append(answers_of(model, tokenizer, data, batch_size, folder if len(names) > 1 else None))
             told = machine(model.device, 0.0)

@@ -42,9 +42,7 @@ def check(constants):
     checkpoints = Checkpoints(output)
     checkpoints.refuse_finished(constants.overwrite, is_look=True)
     config, tokenizer = script.load_tokenizer(constants.model_id, constants.revision)
-    prefix = 1 + config.image_tokens
-    max_text_tokens = config.text_config.max_position_embeddings - prefix
-    datasets = script.read_data(constants, tokenizer, max_text_tokens, NEVER_STOPPED)
+    datasets = script.read_data(constants, config, tokenizer, NEVER_STOPPED)
     if checkpoints.newest() and not constants.overwrite:
         checkpoints.refuse_another_run(constants, cli.may_change(script), datasets)
         print(f"It would go on from {checkpoints.newest()}")
@@ -58,7 +56,7 @@ def check(constants):
 
     order = constants.batch_size * constants.grad_accum_steps, constants.batch_size
     train = datasets[0]
-    sampler = StepSampler(train, prefix, *order, constants.group_by_picture, constants.seed)
+    sampler = StepSampler(train, config.prefix_tokens, *order, constants.group_by_picture, constants.seed)
     log.step_size(sampler, constants.batch_size)
     positions = [sampler.work(batch) for step in sampler.epoch(1) for batch in step]
     total, a_question = sum(positions), sum(positions) / len(train)

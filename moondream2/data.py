@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from moondream2.cli import InputError
 from moondream2.foreign import described
-from moondream2.modeling_moondream2 import answer_text, prompt_text, token_ids
 from moondream2.pictures import nearest
 from moondream2.scoring import most_frequent
 
@@ -60,11 +59,11 @@ class Example(NamedTuple):
         return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
-def tokenize(lines, tokenizer):
+def tokenize(lines, config, tokenizer):
     """(prompt ids, answer ids) of each line, tokenized apart, so that the loss falls on exactly the answer."""
-    prompts = token_ids([prompt_text(line.question) for line in lines], tokenizer)
-    answers = token_ids([answer_text(line.answers[0]) if line.answers else "" for line in lines], tokenizer)
-    return [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in zip(prompts, answers, strict=True)]
+    prompts = config.prompt_ids([line.question for line in lines], tokenizer)
+    answers = config.answer_ids([line.answers[0] if line.answers else "" for line in lines], tokenizer)
+    return list(zip(prompts, answers, strict=True))
 
 
 def hold_out(dataset):

@@ -19,6 +19,7 @@ import PIL
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from moondream2.files import write_whole
@@ -41,7 +42,7 @@ class FeatureStore:
 
     def __init__(self, folder, model):
         encoder, config = model.vision_encoder, model.config
-        weight = encoder.projection["mlp"].fc1.weight
+        weight = next(encoder.parameters())
         self.shape, self.dtype = (config.image_tokens, config.text_config.hidden_size), weight.dtype
         self.entry_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
         self.preprocess, self.is_pinned = encoder.preprocess, weight.is_cuda
@@ -91,8 +92,9 @@ class FeatureStore:
     def pixels(self, picture):
         return self.pinned(pixels_of(picture, self.preprocess))
 
-    def pinned(self, tensor):
-        return tensor.pin_memory() if self.is_pinned else tensor
+    def pinned(self, tensors):
+        """A tensor or a tuple of tensors, as it is copied to the device fastest."""
+        return tree_map(torch.Tensor.pin_memory, tensors) if self.is_pinned else tensors
 
     def save_all(self, features):
         """Stores the features {key: tensor} that are not stored yet."""

@@ -285,11 +285,12 @@ def pixels_of(picture, preprocess):
 
 
 def examine(picture, preprocess):
-    """Pixels (3, height, width) in [-1, 1] as of `pixels_of`, and a list of what is to be said of the picture."""
+    """What `pixels_of` gives, and a list of what is to be said of the picture."""
 
     def use(image):
         pixels = preprocess(image)
-        contrast = (pixels.amax((1, 2)) - pixels.amin((1, 2))).max() * 127.5
+        whole = pixels[0] if isinstance(pixels, tuple) else pixels  # (3, height, width) in [-1, 1]
+        contrast = (whole.amax((1, 2)) - whole.amin((1, 2))).max() * 127.5
         return pixels, [*remarks_on_values(image), *([FLAT] if contrast < LEAST_CONTRAST else [])]
 
     (pixels, remarks), is_cut = open_picture(picture.path, use, picture.key)

@@ -192,7 +192,9 @@ def text_inputs(batch, device):
     """What the text model takes of a micro-batch, on the device."""
     names = ("input_ids", "position_ids", "answer_positions")
     inputs = {name: batch[name].to(device, non_blocking=True) for name in names}
-    # Rows of one question need no mask: causal attention never looks at the padding behind them.
+    # Rows of one question need no mask: no token looks at the padding behind it.
     if any(len(row) > 1 for row in batch["rows"]):
-        inputs["attention_mask"] = row_mask(batch["document_ids"].to(device, non_blocking=True))
+        documents = batch["document_ids"].to(device, non_blocking=True)
+        image_tokens = documents.shape[1] - batch["input_ids"].shape[1]
+        inputs["attention_mask"] = row_mask(documents, 1 + image_tokens)
     return inputs

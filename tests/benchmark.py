@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune_moondream as script
 from moondream2 import adapters
@@ -61,7 +61,7 @@ def build(arguments):
 class Examples(list):
     """`count` questions on pictures of their own, `questions` on each, tokenized."""
 
-    def __init__(self, folder, tokenizer, count, questions):
+    def __init__(self, folder, config, tokenizer, count, questions):
         self.pictures = {}
         lines, keys = [], []
         for i in range(count):
@@ -73,7 +73,7 @@ class Examples(list):
             self.pictures[picture.key] = picture
             keys.append(picture.key)
             lines.append(Line(f"{i}", path.name, QUESTIONS[k], (ANSWERS[k],)))
-        for line, key, ids in zip(lines, keys, tokenize(lines, tokenizer), strict=True):
+        for line, key, ids in zip(lines, keys, tokenize(lines, config, tokenizer), strict=True):
             self.append(Example(*line, key, *ids))
 
 
@@ -217,7 +217,7 @@ def compare(arguments, model, tokenizer, questions):
     pictures = arguments.pictures or max(1, arguments.batch_size // questions)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        examples = Examples(folder, tokenizer, pictures * questions, questions)
+        examples = Examples(folder, model.config, tokenizer, pictures * questions, questions)
         batches = [examples[i : i + arguments.batch_size] for i in range(0, len(examples), arguments.batch_size)]
         batches = [Batch(batch, examples.pictures) for batch in batches]
         sides = {
@@ -303,7 +303,7 @@ def measure_peak(arguments):
     """Two steps of one side, one question a picture, then what the process had at most."""
     model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(TINY)
     with tempfile.TemporaryDirectory() as folder:
-        examples = Examples(Path(folder), tokenizer, arguments.batch_size, 1)
+        examples = Examples(Path(folder), model.config, tokenizer, arguments.batch_size, 1)
         if arguments.side == "plain":
             side = Plain(model, tokenizer, script.LEARNING_RATE)
         else:
@@ -349,11 +349,11 @@ def loading(arguments):
 def growth(count):
     """Seconds of a training epoch over `count` lines, of all the rest of the run, and its peak memory in GiB."""
     with tempfile.TemporaryDirectory() as folder:
-        folder, tokenizer = Path(folder), AutoTokenizer.from_pretrained(TINY)
+        folder, tokenizer, config = Path(folder), AutoTokenizer.from_pretrained(TINY), AutoConfig.from_pretrained(TINY)
         flags = {"model_id": TINY, "epochs": 1, "batch_size": 8, "valid_answers": 0, "output_dir": folder / "out"}
         flags |= {"features_dir": folder / "features"}
         for split, lines in (("train", count), ("valid", 60)):
-            examples = Examples(folder, tokenizer, lines, 4)
+            examples = Examples(folder, config, tokenizer, lines, 4)
             lines = [{name: getattr(each, name) for name in ("image_path", "question", "answer")} for each in examples]
             flags[f"{split}_file"] = write_lines(folder / f"{split}.jsonl", lines)
         started = time.perf_counter()

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune_moondream as script
 from moondream2 import cli
@@ -93,11 +93,16 @@ def small_tokenizer():
     return AutoTokenizer.from_pretrained(TINY)
 
 
-def dataset(path, tokenizer=None, max_text_tokens=2048 - 82):
+@cache
+def small_config():
+    return AutoConfig.from_pretrained(TINY)
+
+
+def dataset(path, tokenizer=None, config=None):
     """The VQADataset of a file."""
-    tokenizer = tokenizer or small_tokenizer()
+    tokenizer, config = tokenizer or small_tokenizer(), config or small_config()
     lines = read_lines(path, tokenizer.eos_token)
-    return script.VQADataset(path, lines, find_pictures(path, lines, KnownPictures(None)), tokenizer, max_text_tokens)
+    return script.VQADataset(path, lines, find_pictures(path, lines, KnownPictures(None)), config, tokenizer)
 
 
 def layer_out(model, tokenizer, *datasets, folder=None):

@@ -199,7 +199,7 @@ def learn_to_talk(model, tokenizer, pictures, steps, batch=12):
             labels.append(torch.tensor(label))
         layout = lay_out_rows(rows, end, tokens)
         inputs = {name: layout[name] for name in ("input_ids", "position_ids")}
-        mask, labels = row_mask(layout["document_ids"]), nn.utils.rnn.pad_sequence(labels, True, -100)
+        mask, labels = row_mask(layout["document_ids"], 1 + tokens), nn.utils.rnn.pad_sequence(labels, True, -100)
         return model(**inputs, image_embeds=seen[chosen], attention_mask=mask, labels=labels).loss
 
     train(loss_of, list(model.text_model.parameters()), steps, "talking")

@@ -166,6 +166,7 @@ def test_the_models_own_names_say_where_adapters_sit(path):
     holder.add_module(path.split(".")[-1], Text())
     text_model = holder.get_submodule(path.split(".")[-1])
     object.__setattr__(model, "text_model", text_model)
+    model.text_name = path
     adapters.add(model, constants(lora_rank=2))
     assert {name.split(".lora")[0] for name in trained(model)} == {f"{path}.blocks.{k}.proj" for k in range(2)}
 

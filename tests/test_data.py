@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from transformers import AutoConfig
 
 import finetune_moondream as script
 from moondream2.cli import InputError
 from moondream2.data import hold_out
 from moondream2.pictures import KnownPictures, shown
-from tests.conftest import dataset, draw_picture, write_lines
+from tests.conftest import TINY, dataset, draw_picture, small_config, write_lines
 
 LINE = {"image_path": "a.png", "question": "What?", "answer": "This."}
 
@@ -119,7 +120,9 @@ def test_unusable_pictures_are_skipped_and_counted(folder):
 )
 def test_what_an_answer_may_be(folder, written, answers):
     line = '{"image_path": "a.png", "question": "Q", "answer": ' + written + "}"
-    data = read(folder, line, max_text_tokens=9000)
+    config = AutoConfig.from_pretrained(TINY)
+    config.text_config.max_position_embeddings = 9000
+    data = read(folder, line, config=config)
     assert data[0].answers == answers and data[0].answer == answers[0]
 
 
@@ -233,11 +236,11 @@ def test_malformed_lines_are_named_before_any_picture_is_looked_at(folder, token
     train, valid = write_lines(folder / "train.jsonl", [LINE]), folder / "valid.jsonl"
     valid.write_text("{")
     with pytest.raises(InputError, match="1 malformed lines in .*valid.jsonl"):
-        script.read_data(files(train, valid), tokenizer, 1000, None)
+        script.read_data(files(train, valid), None, tokenizer, None)
     valid.write_text(train.read_text())
     (folder / "test.jsonl").write_text("{")
     with pytest.raises(InputError, match="1 malformed lines in .*test.jsonl"):
-        script.read_data(files(train, valid, folder / "test.jsonl"), tokenizer, 1000, None)
+        script.read_data(files(train, valid, folder / "test.jsonl"), None, tokenizer, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +313,8 @@ def test_one_picture_can_not_be_divided(folder):
 
 def test_without_a_valid_file_a_run_says_which_pictures_judge_it(folder, tokenizer, capsys):
     path = write_lines(folder / "train.jsonl", lines_on(folder, 40))
-    train, valid = script.read_data(files(path, None), tokenizer, 1000, SimpleNamespace(check_alone=lambda: None))
+    stop = SimpleNamespace(check_alone=lambda: None)
+    train, valid = script.read_data(files(path, None), small_config(), tokenizer, stop)
     out = capsys.readouterr().out
     first = list(dict.fromkeys(example.picture for example in valid))[:3]
     sources = [next(example.source for example in valid if example.picture == key) for key in first]
@@ -355,10 +359,12 @@ def test_an_example_too_long_is_skipped(folder, tokenizer):
     assert len(data) == 2
     ((place, reason),) = data.skipped
     assert place == f"{path}:2" and reason.startswith("too long")
-    room = len(data[0].prompt_ids) + len(data[0].answer_ids)
-    assert len(dataset(path, tokenizer, room)) == 2
+    config = AutoConfig.from_pretrained(TINY)
+    config.text_config.max_position_embeddings = 1 + 81 + len(data[0].prompt_ids) + len(data[0].answer_ids)
+    assert len(dataset(path, tokenizer, config)) == 2
+    config.text_config.max_position_embeddings -= 1
     with pytest.raises(InputError, match="no example"):
-        dataset(path, tokenizer, room - 1)
+        dataset(path, tokenizer, config)
 
 
 def test_the_sample_data_is_whole():

@@ -1,4 +1,4 @@
-"""Models that are no Moondream2 of 2024-08-26 are refused in a line, and what they bring never runs."""
+"""Models that are no Moondream2 of a known release are refused in a line, and what they bring never runs."""
 
 import ast
 import builtins
@@ -70,8 +70,11 @@ def refused(load, folder):
     """What stands in brackets of the line that refuses it."""
     with pytest.raises(InputError) as error:
         load(folder)
-    start = f"{folder} is not Moondream2 of 2024-08-26 ("
-    end = "): give MODEL_ID and REVISION as the script came with them"
+    start = f"{folder} is not Moondream2 of 2024-08-26 or 2025-06-21 ("
+    end = (
+        "): give vikhyatk/moondream2 as MODEL_ID, and 92d3d73b6fd61ab84d9fe093a9c7fd8c04bf2c0d or "
+        "9a7d4024050840e001defacec2b00727e89149e6 as REVISION"
+    )
     line = str(error.value)
     assert line.startswith(start) and line.endswith(end) and "\n" not in line and "trust_remote_code" not in line
     return line.removeprefix(start).removesuffix(end)

@@ -388,7 +388,7 @@ def test_gradient_checkpointing_changes_no_gradient(model):
         "input_ids": rows["input_ids"],
         "image_embeds": model.encode_image(picture()),
         "position_ids": rows["position_ids"],
-        "attention_mask": row_mask(rows["document_ids"]),
+        "attention_mask": row_mask(rows["document_ids"], 1 + model.config.image_tokens),
         "labels": labels,
     }
     gradients = []

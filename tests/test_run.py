@@ -410,7 +410,7 @@ def test_another_model_is_named(tmp_path, change, found):
     shutil.copytree(TINY, tmp_path / "model")
     config = json.loads((TINY / "config.json").read_text()) | change
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=f"not Moondream2 of 2024-08-26.*{found}.*MODEL_ID and REVISION"):
+    with pytest.raises(InputError, match=f"not Moondream2 of 2024-08-26.*{found}.*as MODEL_ID, and .* as REVISION"):
         script.load_tokenizer(str(tmp_path / "model"), script.REVISION)
 
 
