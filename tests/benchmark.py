@@ -263,7 +263,7 @@ def compare_with_adapters(arguments, model, tokenizer, questions):
     """
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        examples = Examples(folder, tokenizer, 2 * questions, questions)
+        examples = Examples(folder, model.config, tokenizer, 2 * questions, questions)
         common = model, tokenizer, examples, folder / "features"
         sides = {"all": Ours(*common), "adapters": Adapted(arguments.lora_rank, *common)}
         sides["all"].encode(examples)
