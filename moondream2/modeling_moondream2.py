@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import cached_file, can_return_tuple
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What both releases have: configuration of the text model, of a release
@@ -295,7 +295,8 @@ def attention(qkv, cos, sin, mask, cache, layer, config):
         k, v = cache.update(k, v, layer)
     attend = eager_attention if config._attn_implementation == "eager" else F.scaled_dot_product_attention
     prefix = 0 if mask is None else q.shape[2] - mask.shape[2]
-    x = attend(q[:, :, prefix:], k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
+    is_causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210, a compiler's condition is no bool
+    x = attend(q[:, :, prefix:], k, v, attn_mask=mask, is_causal=is_causal)
     if prefix:
         picture = (each[:, :, :prefix] for each in (q, k, v))
         x = torch.cat([attend(*picture, attn_mask=None, is_causal=not config.two_way_prefix), x], dim=2)
@@ -1083,6 +1084,10 @@ class HfMoondreamConfig(ReleaseConfig):
         if self.release is None:  # what lies among the hub's weights is another one, left over
             beside = Path(model_id, self.BESIDE)
             model_id, revision = (beside, None) if beside.is_dir() else self.TOKENIZER
+        try:
+            cached_file(model_id, "tokenizer.json", revision=revision)
+        except OSError as error:
+            raise OSError(f"its tokenizer, {model_id}: {error}") from error
         ends = {"bos_token": self.END, "eos_token": self.END}
         return PreTrainedTokenizerFast.from_pretrained(model_id, revision=revision, trust_remote_code=False, **ends)
 
