@@ -350,8 +350,9 @@ class Pretrained(PreTrainedModel):
 class Phi(Pretrained, GenerationMixin):
     """Phi-1.5, of which transformers' `generate` takes token ids or embeddings.
 
-    A release names its parts: `layers`, each called with (x, cos, sin, mask, cache, positions), `final_norm`, and what
-    transformers asks for, the input and the output embeddings.
+    A release names its parts: `layers`, each called with (x, cos, sin, mask, cache, positions), `final_norm`,
+    `adapter_targets`, the linear layers in each layer, and what transformers asks for, the input and the output
+    embeddings.
     """
 
     config_class = MoondreamTextConfig
@@ -899,6 +900,7 @@ class TextModel(Phi):
     """The release's names for the parts of a Phi."""
 
     _no_split_modules = ["TextBlock"]
+    adapter_targets = ("Wqkv", "out_proj", "fc1", "fc2")
 
     def __init__(self, config):
         super().__init__(config)
@@ -1294,6 +1296,7 @@ class HfTextModel(Phi):
 
     config_class = HfMoondreamTextConfig
     _no_split_modules = ["HfTextBlock"]
+    adapter_targets = ("qkv", "proj", "fc1", "fc2")
 
     def __init__(self, config):
         super().__init__(config)

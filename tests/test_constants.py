@@ -32,6 +32,7 @@ TABLE = {
     "EPOCHS": (2, lambda run: [record["epoch"] for record in run.log] == [0, 1, 2]),
     "BATCH_SIZE": (3, lambda run: len(run.steps[0].sources) == 3 * len(run.steps[0].batches) and run.judged == 4 * 3),
     "LEARNING_RATE": (1e-3, lambda run: max(step.learning_rate for step in run.steps) == 1e-3),
+    "LORA_RANK": (4, lambda run: sum(p.numel() for group in run.groups for p in group["params"]) == 4 * 3 * 16 * 192),
     "GRAD_ACCUM_STEPS": (2, lambda run: len(run.steps[0].batches) == 2),
     "GRADIENT_CHECKPOINTING": (True, lambda run: all(step.layer_calls == 2 * len(step.batches) for step in run.steps)),
     "GROUP_BY_PICTURE": (False, lambda run: is_shuffled(run, run.constants.seed)),
