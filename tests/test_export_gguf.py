@@ -451,18 +451,18 @@ def test_without_its_library_a_line_says_which(tmp_path, monkeypatch):
 def test_a_fine_tuned_model_is_served_as_it_was_scored(run_main, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
-    run_main(model_id=TINY, output_dir=out, features_dir=tmp_path / "features")
+    quickly = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-4, "valid_answers": 0}
+    run_main(model_id=TINY, output_dir=out, features_dir=tmp_path / "features", **quickly)
     monkeypatch.setattr(sys, "argv", ["export_gguf.py", str(out)])
     export_gguf.main()
     assert f"Saved to {out}/gguf, " in capsys.readouterr().out
     engine, model, tokenizer = Engine(out / "gguf"), own_model(out), AutoTokenizer.from_pretrained(out)
     right = {"served": 0, "own": 0}
-    for line in map(json.loads, (ROOT / "valid.jsonl").read_text(encoding="utf-8").splitlines()):
-        picture = ROOT / line["image_path"]
-        features = model.encode_image(Image.open(picture))
-        own = model.answer_question(features, line["question"], tokenizer)
-        served = engine.ask([picture_part(picture.read_bytes()), text_part(line["question"])], max_tokens=64)[0]
+    for line in map(json.loads, (ROOT / "valid.jsonl").read_text(encoding="utf-8").splitlines()[::2]):
+        picture = (ROOT / line["image_path"]).read_bytes()
+        own = model.answer_question(model.encode_image(Image.open(io.BytesIO(picture))), line["question"], tokenizer)
+        served = engine.ask([picture_part(picture), text_part(line["question"])], max_tokens=64)[0]
         assert served.strip() == own, line
         for name, answer in (("served", served), ("own", own)):
             right[name] += METRICS["correct"].score(answer, [line["answer"]])
-    assert right["served"] == right["own"] > 48
+    assert right["served"] == right["own"] > 24  # of 48
