@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moondream2 import cli, log
+from moondream2 import adapters, cli, log
 from moondream2.card import how_to_ask, model_card
 from moondream2.checkpoints import Checkpoints, Interrupted, Progress, Stop, resume_or_start, settings_of
 from moondream2.cli import InputError, MayChange, Share
@@ -32,7 +32,7 @@ from moondream2.data import Example, hold_out, read_lines, tokenize
 from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_new_tokens
 from moondream2.features import FeatureStore, image_embeds, keep_features
 from moondream2.launch import end, first_on_each_machine, from_main, one_speaks, own_batches, start, start_tracker
-from moondream2.loading import checked_loading
+from moondream2.loading import checked_loading, choose_views
 from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
 from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead, set_up_pillow
@@ -51,11 +51,13 @@ TRAIN_FILE: str = "train.jsonl"  # one {"image_path", "question", "answer"} a li
 VALID_FILE: str | None = "valid.jsonl"  # other pictures, which judge each epoch; None: a tenth of TRAIN_FILE's
 TEST_FILE: str | None = None  # pictures that have no say in training: the model answers them before it and at the end
 OUTPUT_DIR: MayChange[str] = "./moondream_crosswalks_finetuned"  # the saved model, the log and the report
+TILES: bool = True  # False: all is learned and asked in one view, as llama.cpp and Ollama see a large picture, too
 
 # How: most people edit no further than this --------------------------------------------------------------------------
 EPOCHS: MayChange[PositiveInt] = 5  # passes over the training data; the best one is saved, so more cost only time
 BATCH_SIZE: PositiveInt = 2  # questions in a micro-batch of one GPU: the most that fits, then GRAD_ACCUM_STEPS
-LEARNING_RATE: PositiveFloat = 3e-5  # small, as every weight of the text model moves
+LEARNING_RATE: PositiveFloat = 3e-5  # small, as every weight of the text model moves; adapters want more
+LORA_RANK: PositiveInt | None = None  # None: every weight; 16: adapters, alpha twice the rank, LEARNING_RATE 3e-4
 
 # The machine ---------------------------------------------------------------------------------------------------------
 GRAD_ACCUM_STEPS: PositiveInt = 1  # micro-batches in an optimizer step
@@ -170,21 +172,14 @@ def load_tokenizer(model_id, revision):
     return loaded.config, loaded.tokenizer
 
 
-def load_model(model_id, revision):
-    """Moondream2 in bfloat16, its vision encoder frozen."""
+def load_model(model_id, revision, config=None, dtype=torch.bfloat16):
+    """Moondream2, its vision encoder frozen; with another configuration than its own where one is given."""
     with checked_loading(model_id, revision) as loaded:
         model, loaded.info = AutoModelForCausalLM.from_pretrained(
-            model_id, revision=revision, dtype=torch.bfloat16, trust_remote_code=False, output_loading_info=True
+            model_id, revision=revision, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     model.vision_encoder.requires_grad_(False)
     return model
-
-
-def print_parameters(model):
-    """The original run's line, which counts the region model; then what is really trained, the text model."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"Trainable parameters: {trainable:,} of {sum(p.numel() for p in model.parameters()):,}")
-    print(f"The optimizer holds {sum(p.numel() for p in model.text_model.parameters()):,}, the text model's")
 
 
 def encode(datasets, vision_encoder, store, accelerator, stop):
@@ -293,6 +288,8 @@ def train_step(engine, batches, vision_encoder, max_grad_norm):
             loss = answer_loss(text_model, batch, embeds, tokens_in_step, device)
             accelerator.backward(loss)
         losses.append(loss.detach())
+    if accelerator.scaler:  # float16, where the loss is multiplied, lest gradients become 0
+        accelerator.scaler.unscale_(optimizer.optimizer)
     loss, norm = accelerator.reduce(torch.stack(losses).sum(), "mean"), gradient_norm(text_model.parameters())
     torch.nn.utils.clip_grads_with_norm_(text_model.parameters(), max_grad_norm, norm)
     loss, norm, tokens = torch.stack([loss, norm, tokens]).tolist()
@@ -300,6 +297,8 @@ def train_step(engine, batches, vision_encoder, max_grad_norm):
     if step.is_applied:
         optimizer.step()
         scheduler.step()
+    elif accelerator.scaler:
+        accelerator.scaler.update()  # to a smaller one
     optimizer.zero_grad()
     return step
 
@@ -312,7 +311,7 @@ def train_epoch(engine, steps, vision_encoder, progress, checkpoints, stop, cons
         step = train_step(engine, batches, vision_encoder, constants.max_grad_norm)
         bad = 0 if step.is_applied else bad + 1
         if bad:
-            log.bad_step(step, batches, bad)
+            log.bad_step(step, batches, bad, engine.accelerator.scaler)
         else:
             progress.loss_sum += step.loss * step.tokens
             progress.tokens += step.tokens
@@ -383,7 +382,7 @@ def save(model, tokenizer, best_weights, card, folder):
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def finish(constants, progress, checkpoints, output, model, tokenizer, train, valid, test=None):
+def finish(constants, progress, checkpoints, output, merged, model, tokenizer, train, valid, test=None):
     """Puts into OUTPUT_DIR the best epoch's model, its answers and the report; the checkpoints go."""
     progress.require_best()
     log.best(progress, constants.epochs)
@@ -396,8 +395,11 @@ def finish(constants, progress, checkpoints, output, model, tokenizer, train, va
         output.remove("test_predictions.jsonl")  # of a run that this one replaces
     log.verdict(sets)
     write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, sets, device, test))
+    best, card = checkpoints.best_weights(), model_card(constants, progress, train, valid, test)
     with output.new_model() as folder:
-        save(model, tokenizer, checkpoints.best_weights(), model_card(constants, progress, train, valid, test), folder)
+        save(model, tokenizer, merged or best, card, folder)
+        if merged:
+            adapters.save(folder / adapters.FOLDER, model, best, constants)
     checkpoints.discard()
     print(f"Saved to {output.path}, with report.html to look at. To ask it:\n\n{how_to_ask(output.path, valid)}")
 
@@ -409,12 +411,16 @@ def finish(constants, progress, checkpoints, output, model, tokenizer, train, va
 
 def prepare(constants, accelerator, checkpoints, stop):
     """A Run that can begin, or go on from the last checkpoint: data read, model loaded, each picture encoded."""
+    from_main(accelerator, adapters.refuse_or_warn, constants.lora_rank, constants.learning_rate)
     release = constants.model_id, constants.revision
     config, tokenizer = first_on_each_machine(accelerator, load_tokenizer, *release)
+    choose_views(config, constants.model_id, constants.tiles)
     datasets = from_main(accelerator, read_data, constants, config, tokenizer, stop)
-    model = first_on_each_machine(accelerator, load_model, *release).to(accelerator.device)
+    dtype = torch.float16 if accelerator.scaler else torch.bfloat16
+    model = first_on_each_machine(accelerator, load_model, *release, config, dtype)
+    model = adapters.add(model, constants).to(accelerator.device)
     model.generation_config.max_new_tokens = most_new_tokens(datasets, config.max_text_tokens)
-    print_parameters(model)
+    log.parameters(model)
 
     store = FeatureStore(constants.features_dir, model)
     settings = settings_of(constants, cli.may_change(sys.modules[__name__]), datasets, store.key)
@@ -423,9 +429,8 @@ def prepare(constants, accelerator, checkpoints, stop):
     pictures = encode(datasets, model.vision_encoder, store, accelerator, stop)
 
     order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
-    sampler = StepSampler(
-        datasets[0], config.prefix_tokens, *order, accelerator.process_index, accelerator.num_processes
-    )
+    process = accelerator.process_index, accelerator.num_processes
+    sampler = StepSampler(datasets[0], config.prefix_tokens, *order, *process)
     log.step_size(sampler, constants.batch_size)
     engine = build_engine(model, accelerator, sampler.steps, constants)
     checkpoints.watch(*engine)
@@ -461,11 +466,17 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
             if accelerator.is_main_process:
                 output.write_lines("training_log.jsonl", progress.history)
             accelerator.log(log.scores_of_epoch(record), progress.total_steps)
-    if tests and progress.best_epoch and not progress.is_tested:
+    merged, is_to_test = None, tests and not progress.is_tested
+    if progress.best_epoch and (constants.lora_rank or is_to_test):
         checkpoints.load_best()
-        take_test(run, train, *tests)
-        from_main(accelerator, checkpoints.save_test, progress)
-    from_main(accelerator, finish, constants, progress, checkpoints, output, run.model, run.tokenizer, *run.datasets)
+        if constants.lora_rank:
+            merged = adapters.merge(run.model, *run.engine[:2])  # the text model's weights
+            log.merged(judge(run, valid, "Validating, adapters merged", ())[0], progress)
+        if is_to_test:
+            take_test(run, train, *tests)
+            from_main(accelerator, checkpoints.save_test, progress)
+    saved = merged, run.model, run.tokenizer, *run.datasets
+    from_main(accelerator, finish, constants, progress, checkpoints, output, *saved)
 
 
 def main():
@@ -474,7 +485,7 @@ def main():
     set_up_pillow()
     output = OutputDir(constants.output_dir)
     checkpoints = Checkpoints(output)
-    accelerator = start(constants.tracker, output.path)
+    accelerator = start(constants.tracker, output.path, constants.lora_rank)
     held = output.held(constants.model_id, constants.tracker) if accelerator.is_main_process else nullcontext()
     with one_speaks(accelerator), held, Stop(accelerator) as stop:
         from_main(accelerator, checkpoints.refuse_finished, constants.overwrite)

@@ -16,15 +16,17 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
-from moondream2 import cli, log
+from moondream2 import adapters, cli, log
 from moondream2.checkpoints import Checkpoints
 from moondream2.launch import refuse_missing_tracker
+from moondream2.loading import choose_views
 from moondream2.output_dir import OutputDir
 from moondream2.pictures import set_up_pillow
 from moondream2.rows import StepSampler
 
 GIB, GB = 2**30, 1e9
 WEIGHT, TRAINED, CHECKPOINTED = 2, 8, 6  # bytes a parameter: frozen, in training, in a checkpoint
+ADAPTER, CHECKPOINTED_ADAPTER = 16, 12  # the same of float32 adapters
 NEVER_STOPPED = SimpleNamespace(check_alone=lambda: None)
 
 
@@ -35,11 +37,13 @@ def check(constants):
         InputError: the run would end with it.
     """
     refuse_missing_tracker(constants.tracker)
+    adapters.refuse_or_warn(constants.lora_rank, constants.learning_rate)
     output = OutputDir(constants.output_dir)
     output.look(constants.model_id, constants.tracker)
     checkpoints = Checkpoints(output)
     checkpoints.refuse_finished(constants.overwrite, is_look=True)
     config, tokenizer = script.load_tokenizer(constants.model_id, constants.revision)
+    choose_views(config, constants.model_id, constants.tiles)
     datasets = script.read_data(constants, config, tokenizer, NEVER_STOPPED)
     if checkpoints.newest() and not constants.overwrite:
         checkpoints.refuse_another_run(constants, cli.may_change(script), datasets)
@@ -47,7 +51,10 @@ def check(constants):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.vision_encoder.requires_grad_(False)
-    script.print_parameters(model)
+    all_weights = WEIGHT * sum(p.numel() for p in model.parameters())
+    text_weights = WEIGHT * sum(p.numel() for p in model.text_model.parameters())
+    adapters.add(model, constants)
+    log.parameters(model)
 
     order = constants.batch_size * constants.grad_accum_steps, constants.batch_size
     train = datasets[0]
@@ -56,13 +63,16 @@ def check(constants):
     positions = [sampler.work(batch) for step in sampler.epoch(1) for batch in step]
     total, a_question = sum(positions), sum(positions) / len(train)
     print(f"An epoch has {total:,} positions, {a_question:,.0f} a question; a micro-batch {max(positions):,} at most")
-    trained = sum(p.numel() for p in model.text_model.parameters())
+    trained = sum(p.numel() for p in model.text_model.parameters() if p.requires_grad)
+    held = text_weights + ADAPTER * trained if constants.lora_rank else TRAINED * trained
     activations = activation_bytes(config.text_config, max(positions), constants.gradient_checkpointing)
     print(
-        f"On the card: {(TRAINED * trained + activations) / GIB:,.1f} GiB by the arithmetic of docs/memory.md, "
-        f"{TRAINED * trained / GIB:,.1f} for weights, gradients and AdamW, {activations / GIB:,.1f} for activations"
+        f"On the card: {(held + activations) / GIB:,.1f} GiB by the arithmetic of docs/memory.md, "
+        f"{held / GIB:,.1f} for weights, gradients and AdamW, {activations / GIB:,.1f} for activations"
     )
-    for line in disk(constants, len({key for each in datasets for key in each.pictures}), config, trained, model):
+    # A checkpoint, the weights of the best epoch in it, and the next one before the first is removed.
+    kept = (2 * CHECKPOINTED_ADAPTER + 4 if constants.lora_rank else 2 * CHECKPOINTED + WEIGHT) * trained
+    for line in disk(constants, len({key for each in datasets for key in each.pictures}), config, kept, all_weights):
         print(line)
     print("A run with these constants would begin.")
 
@@ -78,11 +88,14 @@ def activation_bytes(config, positions, is_checkpointed):
     return WEIGHT * positions * (layers * width + layer if is_checkpointed else layers * layer)
 
 
-def disk(constants, pictures, config, trained, model):
-    """Lines on what a run takes of the disks, and where that is more than there is."""
-    all_weights = WEIGHT * sum(p.numel() for p in model.parameters())
-    # A checkpoint, the weights of the best epoch in it, and the next one before the first is removed.
-    needs = [(constants.output_dir, (2 * CHECKPOINTED + WEIGHT) * trained, f", {all_weights / GB:,.1f} GB after it")]
+def disk(constants, pictures, config, kept, all_weights):
+    """Lines on what a run takes of the disks, and where that is more than there is.
+
+    Args:
+        kept: bytes in OUTPUT_DIR while it runs.
+        all_weights: bytes of the saved model.
+    """
+    needs = [(constants.output_dir, max(kept, all_weights), f", {all_weights / GB:,.1f} GB after it")]
     if constants.features_dir is not None:
         features = WEIGHT * pictures * config.image_tokens * config.text_config.hidden_size
         needs.insert(0, (constants.features_dir, features, ", less what lies there already"))

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from moondream2.cli import InputError
 from moondream2.files import is_finite, name_of_unfinished, remove, remove_whole, to_json, write_text, write_whole
-from moondream2.launch import any_true, from_main, with_heartbeat
+from moondream2.launch import any_true, from_main, whole_state, with_heartbeat
 from moondream2.modeling_moondream2 import Answer
 
 VERSION = 3  # of what a checkpoint holds
@@ -175,7 +174,7 @@ class Progress:
 class Checkpoints:
     """The checkpoints of a run, in a folder of OUTPUT_DIR: one whole one, and beside it the next while it is written.
 
-    A checkpoint is a folder with `model.safetensors` and `optimizer.pt`, the text model's weights and the states of
+    A checkpoint is a folder with `model.safetensors` and `optimizer.pt`, the weights that are trained and the states of
     optimizer and schedule, `progress.json`, and `best.safetensors`, the weights of the best epoch so far: a hard link,
     which costs nothing. It is the same for any number of processes, sharded or not; only the main one touches it.
     """
@@ -202,10 +201,11 @@ class Checkpoints:
 
     def save(self, progress, is_best=False):
         """Saves where the run stands; `is_best` if these weights are the best so far. Called by all processes."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=self.accelerator.is_fsdp2)
-        weights = get_model_state_dict(self.model, options=options)
-        state = {"optimizer": None, "scheduler": self.scheduler.state_dict()}
+        weights = whole_state(self.accelerator, self.model, ignore_frozen_params=True)
+        scaler = self.accelerator.scaler
+        state = {"optimizer": None, "scheduler": self.scheduler.state_dict(), "scaler": scaler and scaler.state_dict()}
         if self.optimizer.state:  # asked for its state before it has one, torch makes one by a step, which is counted
+            options = StateDictOptions(full_state_dict=True, cpu_offload=self.accelerator.is_fsdp2)
             state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         from_main(self.accelerator, self.write, weights, state, progress, is_best)
         self.saved_at = time.monotonic()
@@ -247,8 +247,12 @@ class Checkpoints:
             return
         is_main = self.accelerator.is_main_process
         weights, state = with_heartbeat(self.accelerator, is_main, read_states, path) or ({}, {})
-        scheduler, is_stepped = from_main(self.accelerator, lambda: (state["scheduler"], bool(state["optimizer"])))
+        scheduler, scaler, is_stepped = from_main(
+            self.accelerator, lambda: (state["scheduler"], state.get("scaler"), bool(state["optimizer"]))
+        )
         self.scheduler.load_state_dict(scheduler)
+        if scaler and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(scaler)
         options = self.to_load()
         set_model_state_dict(self.model, weights, options=options)
         if not is_stepped:
@@ -259,8 +263,10 @@ class Checkpoints:
             set_optimizer_state_dict(self.model, self.optimizer, state.get("optimizer", {}), options=options)
 
     def to_load(self):
-        """How states are brought in: the main process has them, whole."""
-        return StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.accelerator.num_processes > 1)
+        """How states are brought in: the main process has them, whole; none of what is frozen."""
+        is_whole = all(p.requires_grad for p in self.model.parameters())
+        several = self.accelerator.num_processes > 1
+        return StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=is_whole)
 
     def load_best(self):
         """Brings the weights of the best epoch into what is watched; called by all processes."""
@@ -280,7 +286,7 @@ class Checkpoints:
         return Progress(**saved)
 
     def best_weights(self):
-        """{name: tensor}, the text model's weights of the best epoch."""
+        """{name: tensor}, the best epoch's weights of the text model; with LORA_RANK its adapters'."""
         return load_file(self.newest() / "best.safetensors")
 
     def discard(self):

@@ -12,10 +12,11 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from moondream2.cli import InputError
-from moondream2.machine import refuse_without_bfloat16, what_it_runs_on
+from moondream2.machine import training_dtype, what_it_runs_on
 
 TRACKED = "finetune_moondream"  # a tracker's project, and the folder that tensorboard fills in OUTPUT_DIR
 TIMEOUT = timedelta(minutes=10)  # after which a process that does not answer counts as dead
@@ -30,7 +31,7 @@ LOST = (  # what a process is told whose partner ended, or did not answer in tim
 )
 
 
-def start(tracker=None, folder=None):
+def start(tracker=None, folder=None, lora_rank=None):
     """The Accelerator of this process, which has met the others; a tracker that writes files does so in `folder`.
 
     The main process says what the run runs on.
@@ -55,7 +56,8 @@ def start(tracker=None, folder=None):
             raise InputError(
                 "this FSDP configuration is not one that the run is made for: use --config_file moondream2/fsdp.yaml"
             )
-    refuse_without_bfloat16(accelerator.device)
+    if training_dtype(accelerator.device, lora_rank) == torch.float16:  # whose smallest gradients would be 0
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
     if accelerator.is_main_process:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         print(what_it_runs_on(accelerator.device, accelerator.num_processes, here), flush=True)
@@ -160,6 +162,12 @@ def in_thread(function, *arguments):
 
     Thread(target=call, daemon=True).start()
     return future
+
+
+def whole_state(accelerator, model, **options):
+    """The weights of what `accelerator.prepare` gave, {name: tensor}; sharded ones whole, in the main process alone."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=accelerator.is_fsdp2, **options)
+    return get_model_state_dict(model, options=options)
 
 
 def gather(items):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
+from transformers.utils import cached_file
 
 from moondream2.cli import InputError
 from moondream2.modeling_moondream2 import HfMoondreamConfig, ReleaseConfig
@@ -53,7 +54,7 @@ def checked_loading(model_id, revision):
     """
     loaded = SimpleNamespace(config=None, tokenizer=None, info=None)
     try:
-        refuse_another(model_id, PretrainedConfig.get_config_dict(model_id, revision=revision)[0])
+        refuse_another(model_id, revision, PretrainedConfig.get_config_dict(model_id, revision=revision)[0])
         yield loaded
     except (OSError, SafetensorError) as error:
         folder = Path(model_id).parent
@@ -76,7 +77,17 @@ def checked_loading(model_id, revision):
         raise wrong_model(model_id, f"its weights lack {min(loaded.info['missing_keys'])}")
 
 
-def refuse_another(model_id, config):
+def choose_views(config, model_id, tiles):
+    """Makes a model's configuration one without tiles where `tiles` is False; raises InputError where it can't be."""
+    if tiles and not config.has_tiles:
+        raise InputError(f"{model_id} was trained on pictures in one view: give --tiles false for it, too")
+    if not tiles and not config.can_leave_out_tiles:
+        raise InputError(f"{model_id} can't do without tiles: TILES = False is for the release 2024-08-26")
+    if not tiles:
+        config.leave_out_tiles()
+
+
+def refuse_another(model_id, revision, config):
     """Raises InputError where `config`, what config.json holds, is not Moondream2's, or names code to be fetched."""
     if Path(model_id, "adapter_config.json").is_file():
         raise wrong_model(model_id, "it holds an adapter, which this script can't train or ask")
@@ -85,7 +96,7 @@ def refuse_another(model_id, config):
     if kind != ReleaseConfig.model_type:
         own = ", with code of its own, which is not run" if "auto_map" in config else ""
         raise wrong_model(model_id, f"found {kind}{own}")
-    refuse_unknown_release(model_id, config)
+    refuse_unknown_release(model_id, config, Path(cached_file(model_id, "config.json", revision=revision)).parent)
     if "quantization_config" in config:
         raise wrong_model(model_id, "its weights are quantized")
     parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
@@ -94,25 +105,28 @@ def refuse_another(model_id, config):
             raise wrong_model(model_id, "it names code for its attention, which is not fetched")
 
 
-def refuse_unknown_release(model_id, config):
-    """Raises InputError where a Moondream2 is of no release in RELEASES, or can't be told to be."""
+def refuse_unknown_release(model_id, config, folder):
+    """Raises InputError where a Moondream2 is of no release in RELEASES, or its files in `folder` don't tell that."""
     architectures = config.get("architectures")
     known = RELEASES.get(architectures[0]) if isinstance(architectures, list) and len(architectures) == 1 else None
     if known is None:
         raise wrong_model(model_id, f"found {config['model_type']}, {architectures}")
-    folder = Path(model_id)
     is_told = (
         not known.files
         or config.get("release") == known.date  # saved by this project
-        or config.get("_commit_hash") == known.commit
-        or downloaded_commit(folder) == known.commit
+        or known.commit in (commit_of_cache(folder), commit_of_download(folder))
         or any(sha256(folder / name) == digest for name, digest in known.files.items())
     )
     if not is_told:
         raise wrong_model(model_id, f"found {architectures[0]}, of another commit than that of {known.date}")
 
 
-def downloaded_commit(folder):
+def commit_of_cache(folder):
+    """The commit whose files lie in a folder of the hub's cache; None of other folders."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def commit_of_download(folder):
     """The commit that `hf download --local-dir` has noted of a folder's config.json; None where it has not."""
     with suppress(OSError, UnicodeDecodeError):
         noted = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"

@@ -1,5 +1,6 @@
 """What a run says while it goes: lines on the terminal, the progress bar, and training_log.jsonl."""
 
+import math
 import sys
 
 from tqdm import tqdm
@@ -8,6 +9,7 @@ from moondream2.cli import InputError
 from moondream2.summary import first, format_left_out
 from moondream2.verdict import sentences
 
+TOLERANCE = 1e-3  # of a loss: by how much rounding merged weights may change it unsaid
 BAD_STEPS = 3  # steps in a row without a finite gradient that end a run
 
 
@@ -26,6 +28,13 @@ def held_out(train, held):
         sources.setdefault(example.picture, example.source)
     pictures = f"{len(sources):,} of {len(sources) + len(train.pictures):,} pictures in {train.path}"
     print(f"No VALID_FILE: {pictures} judge each epoch, with {len(held):,} questions ({first(sources.values())})")
+
+
+def parameters(model):
+    """Prints the original run's line, which counts the region model; then what is really trained."""
+    trained, held = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (model, model.text_model))
+    print(f"Trainable parameters: {trained:,} of {sum(p.numel() for p in model.parameters()):,}")
+    print(f"The optimizer holds {held:,}, the text model's")
 
 
 def step_size(sampler, batch_size):
@@ -65,15 +74,21 @@ def scores_of_step(step):
     return {"train_loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
 
 
-def bad_step(step, batches, in_a_row):
+def bad_step(step, batches, in_a_row, scaler=None):
     """Names the examples of a step that was not applied.
+
+    In float16 a gradient times the loss scale of `scaler` may be too large, which is then lowered: as long as that can
+    help, such steps are no fault of the run.
 
     Raises:
         InputError: it is the last of a few in a row.
     """
+    if scaler and math.isfinite(step.loss) and scaler.get_scale() >= 1:
+        tqdm.write(f"Step not applied: the loss scale falls to {scaler.get_scale():g}", sys.stderr)
+        return
     sources = ", ".join(example.source for batch in batches for row in batch["rows"] for example in row)
     tqdm.write(f"Step not applied: loss {step.loss}, gradient {step.grad_norm}; its examples: {sources}", sys.stderr)
-    if in_a_row == BAD_STEPS:
+    if in_a_row >= BAD_STEPS:
         raise InputError(
             f"{in_a_row} steps in a row without a finite loss and gradient, the last on {sources}: begin again with "
             f"--overwrite true and a lower LEARNING_RATE than {step.learning_rate:g}, or without these lines"
@@ -120,6 +135,15 @@ def best(progress, epochs):
     after = [decimals(loss) for each, loss in losses.items() if each > progress.best_epoch]
     if after:
         print(f"What followed was worse and is not in the saved model: {', '.join(after)}")
+
+
+def merged(loss, progress):
+    """Prints the validation loss with the adapters merged, and warns where rounding has changed it."""
+    apart = progress.history[progress.best_epoch]["valid_loss"]
+    print(f"Adapters merged into the weights: Validation Avg Loss {loss:.4f}, {apart:.4f} apart", flush=True)
+    if not abs(loss - apart) <= TOLERANCE * apart:
+        words = f"the merged weights, rounded, have a validation loss of {loss:.4f} in place of {apart:.4f}"
+        print(f"warning: {words}: adapter/ in OUTPUT_DIR is exact", file=sys.stderr)
 
 
 def verdict(sets, names=None):

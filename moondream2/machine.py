@@ -1,4 +1,4 @@
-"""What a run runs on: its first line says it, and a card that lacks bfloat16 ends it there."""
+"""What a run runs on: its first line says it, and a card that lacks bfloat16 ends it there, or trains adapters."""
 
 import os
 import shutil
@@ -12,14 +12,27 @@ OTHERS = {"mps": "Apple's GPU (MPS)"}  # than NVIDIA's, AMD's and the CPU; no ru
 ON_CPU = "with ACCELERATE_USE_CPU=true in the environment it runs on the CPU"
 
 
-def refuse_without_bfloat16(device):
-    """Raises InputError where this process's card has no bfloat16 of its own, in which the weights are trained."""
+def lacks_bfloat16(device):
+    """Whether it is a card without bfloat16 of its own."""
     # Unless told otherwise torch also counts cards that only emulate it.
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def training_dtype(device, lora_rank):
+    """The type in which a run computes: bfloat16; with adapters, on a card that lacks it, float16.
+
+    Raises:
+        InputError: every weight is to be trained on such a card.
+    """
+    if not lacks_bfloat16(device):
+        return torch.bfloat16
+    if lora_rank is None:
         raise InputError(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16 of its own, in which this script trains: "
-            f"take an NVIDIA card of the Ampere generation or newer (RTX 30, A10, A100, L4); {ON_CPU}, slowly"
+            f"{torch.cuda.get_device_name(device)} has no bfloat16 of its own, in which every weight is trained: "
+            "--lora_rank 16 trains adapters on it, in float16 (docs/small-cards.md); or take an NVIDIA card of the "
+            f"Ampere generation or newer (RTX 30, A10, A100, L4); {ON_CPU}, slowly"
         )
+    return torch.float16
 
 
 def what_it_runs_on(device, processes=1, on_this_machine=1):

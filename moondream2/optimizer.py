@@ -103,7 +103,7 @@ def local(tensor):
 def apply(tensors, numbers, *constants):
     """`update` on flat tensors, part by part; on a GPU each part is one kernel."""
     part = CPU_PART if tensors[0].device.type == "cpu" else GPU_PART
-    function = kernel(tensors[0].device, *constants) if tensors[0].is_cuda else update
+    function = kernel(tensors[0].device, tensors[0].dtype, *constants) if tensors[0].is_cuda else update
     for parts in zip(*(tensor.split(part) for tensor in tensors), strict=True):
         function(*parts, numbers=(numbers, *constants))
 
@@ -119,18 +119,18 @@ def apply_together(vectors, *numbers):
 
 
 @cache
-def kernel(device, *constants):
-    """`update` compiled, so that a step reads and writes each number once.
+def kernel(device, dtype, *constants):
+    """`update` compiled for weights of a type, so that a step reads and writes each number once.
 
     Where that fails, most often for want of a C compiler, one line says so and `update` runs as it stands. A trial
     on other tensors finds that out: a kernel that failed in the middle of a step would leave weights half updated.
     """
     compiled = torch.compile(update, dynamic=True)
-    bfloat16 = torch.bfloat16
+    # What `update` is given of a bfloat16 matrix and of such a vector; of all others.
+    split = [(dtype, dtype, exp_avg, dtype, low) for exp_avg, low in ((torch.int8, torch.int8), (dtype, torch.int32))]
     try:
-        for exp_avg, low in ((torch.int8, torch.int8), (bfloat16, torch.int32)):  # a matrix's and a vector's
-            types = bfloat16, bfloat16, exp_avg, bfloat16, low
-            tensors = [torch.zeros(TRIAL, dtype=dtype, device=device) for dtype in types]
+        for types in split if dtype == torch.bfloat16 else [[dtype] * 4]:
+            tensors = [torch.zeros(TRIAL, dtype=each, device=device) for each in types]
             compiled(*tensors, numbers=(torch.zeros(4, device=device), *constants))
     except Exception as error:  # torch's, Triton's or the compiler's own
         reason = " ".join(str(error).splitlines()[:1])

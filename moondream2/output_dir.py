@@ -29,6 +29,7 @@ NAMES = (  # all that a run writes
     "modeling_moondream2.py",
     "tokenizer.json",
     "tokenizer_config.json",
+    "adapter",
 )
 
 
@@ -152,9 +153,9 @@ class OutputDir:
         self.write_text(name, "".join(to_json(record) + "\n" for record in records))
 
     def remove(self, name):
-        """Removes a file that a run has written here."""
+        """Removes a file or folder that a run has written here."""
         if name in self.names:
-            (self.path / name).unlink(missing_ok=True)
+            remove(self.path / name)
 
     def holds_model(self):
         """Whether a run has saved its model here."""
@@ -170,10 +171,15 @@ class OutputDir:
         with write_whole(folder) as beside:
             beside.mkdir()
             yield beside
+        adapted = (folder / "adapter").exists()
         self.own(LAST).unlink(missing_ok=True)
         sync(self.path)
         for file in sorted(folder.iterdir(), key=lambda file: file.name == LAST):
+            if file.is_dir():  # which replaces no other
+                remove(self.own(file.name))
             file.replace(self.own(file.name))
+        if not adapted:
+            self.remove("adapter")  # of the model that this one replaces
         sync(self.path)
         folder.rmdir()
 

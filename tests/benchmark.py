@@ -4,7 +4,7 @@
 original's loop: for each batch encode each example's picture, embed, all logits, cross-entropy with -100, AdamW.
 Times are of an epoch and its validation (a question in four is for validation), with this project's one-time encoding
 of the pictures spread over EPOCHS = 5. It is an hour's work on two cores; `--layers 4 --vision_layers 4` or `--tiny`
-make it minutes.
+make it minutes. `--lora_rank 16` measures a run with adapters against this project's run without, two pictures a step.
 """
 
 import argparse
@@ -25,13 +25,14 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune_moondream as script
+from moondream2 import adapters
 from moondream2.data import Example, Line, tokenize
 from moondream2.evaluation import evaluate
 from moondream2.features import CHUNK, FeatureStore, encode_pictures, image_embeds
 from moondream2.modeling_moondream2 import Moondream, MoondreamConfig
 from moondream2.pictures import look, pixels_of
 from moondream2.rows import lay_out, rows_of
-from tests.conftest import TINY, engine_of, start_script, write_lines
+from tests.conftest import TINY, constants, engine_of, start_script, write_lines
 
 VALID_SHARE = 0.25  # validation questions for each training question
 # As the sample data's, some of which are seen in tiles: 1, 3, 1, 5, 1, 3, 1 and 1 passes of the vision transformer.
@@ -158,19 +159,36 @@ class Ours:
     def validate(self, examples):
         return evaluate(self.model, self.tokenizer, [self.collate(examples)])[0]
 
-    def forward_backward(self, examples):
+    def forward_backward(self, examples, clock=time.perf_counter):
         batch = self.collate(examples)
         embeds = image_embeds(batch["pictures"], self.model.vision_encoder, "cpu")
         loss = partial(script.answer_loss, self.model.text_model, batch, embeds, 1, "cpu")
-        seconds, _ = timed(lambda: loss().backward())
+        seconds, _ = timed(lambda: loss().backward(), clock)
         self.model.zero_grad()
         return seconds, flops(self.model.config.text_config, batch)
 
 
-def timed(function):
-    started = time.perf_counter()
+class Adapted(Ours):
+    """The same with adapters of that rank, as LORA_RANK has them."""
+
+    def __init__(self, rank, *arguments):
+        super().__init__(*arguments)
+        self.rank = rank
+
+    def start(self):
+        adapters.add(self.model, constants(lora_rank=self.rank))
+        super().start()
+
+    def stop(self):
+        adapters.merge(self.model, *self.engine[:2])
+        super().stop()
+        self.model.text_model.requires_grad_(True)
+
+
+def timed(function, clock=time.perf_counter):
+    started = clock()
     result = function()
-    return time.perf_counter() - started, result
+    return clock() - started, result
 
 
 def flops(config, batch):
@@ -238,6 +256,43 @@ class Batch(list):
         self.pictures = pictures
 
 
+def compare_with_adapters(arguments, model, tokenizer, questions):
+    """Seconds of a forward and backward pass and of a whole step, round by round, all weights against adapters.
+
+    They are processor time, of all cores: what other programs do meanwhile changes them little.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        examples = Examples(folder, model.config, tokenizer, 2 * questions, questions)
+        common = model, tokenizer, examples, folder / "features"
+        sides = {"all": Ours(*common), "adapters": Adapted(arguments.lora_rank, *common)}
+        sides["all"].encode(examples)
+        passes, steps = ({name: [] for name in sides} for _ in range(2))
+        for _ in range(arguments.rounds):
+            for name, side in sides.items():
+                side.start()
+                passes[name].append(side.forward_backward(examples, time.process_time)[0])
+                steps[name].append(timed(lambda side=side: side.train(examples), time.process_time)[0])
+                side.stop()
+                said = f"{passes[name][-1]:.2f} s forward and backward, {steps[name][-1]:.2f} s a step"
+                print(f"{questions} a picture, {name}: {said}", file=sys.stderr, flush=True)
+    return passes, steps
+
+
+def measure_adapters(arguments):
+    """Prints a table of the times of adapters against those of all weights."""
+    model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(TINY)
+    print("| questions a picture | pass, all weights | adapters | ratio | step, all weights | adapters | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    for questions in arguments.questions_per_picture:
+        cells = [str(questions)]
+        for seconds in compare_with_adapters(arguments, model, tokenizer, questions):
+            full, adapted = (statistics.median(seconds[name]) for name in ("all", "adapters"))
+            ratios = sorted(a / b for a, b in zip(seconds["adapters"], seconds["all"], strict=True))
+            cells += [f"{full:.1f} s", f"{adapted:.1f} s", f"{statistics.median(ratios):.2f}"]
+        print("|", " | ".join(cells), "|", flush=True)
+
+
 def peak(arguments, side):
     """Peak memory in GiB of one side's training at the defaults, in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmark", "--side", side, "--layers", str(arguments.layers)]
@@ -255,7 +310,8 @@ def measure_peak(arguments):
         if arguments.side == "plain":
             side = Plain(model, tokenizer, script.LEARNING_RATE)
         else:
-            side = Ours(model, tokenizer, examples, Path(folder) / "features")
+            common = model, tokenizer, examples, Path(folder) / "features"
+            side = Adapted(arguments.lora_rank, *common) if arguments.lora_rank else Ours(*common)
             side.encode(examples)
             if arguments.gradient_checkpointing:
                 model.activation_checkpointing_enable()
@@ -321,6 +377,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--memory_batch_size", type=int, default=2, help="for the peak memory; 0: not measured")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="for this project's peak memory")
+    parser.add_argument("--lora_rank", type=int, help="instead: times of adapters of that rank; of --side, its memory")
     parser.add_argument("--pictures", type=int, help="in a turn; default: as many as fill a batch")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
     parser.add_argument(
@@ -333,6 +390,8 @@ def main():
         return measure_peak(arguments)
     if arguments.loading:
         return loading(arguments)
+    if arguments.lora_rank:
+        return measure_adapters(arguments)
     if arguments.lines:
         print(f"{'lines':>8} {'epoch, s':>9} {'ms a line':>10} {'the rest, s':>12} {'peak GiB':>9}")
         for count in arguments.lines:

@@ -91,7 +91,7 @@ def optimi(*arguments, **settings):
 def compiled(*arguments, **settings):
     """This project's, with the kernel that it has on a GPU."""
     with torch.no_grad():
-        module.update = module.kernel(torch.device("cpu"), *settings["betas"], settings["eps"])
+        module.update = module.kernel(torch.device("cpu"), torch.bfloat16, *settings["betas"], settings["eps"])
     return AdamW(*arguments, **settings)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune_moondream as script
@@ -28,6 +31,10 @@ from tests.child import leave_undrawn
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_moondream2"
+TINY_2025 = ROOT / "tests" / "tiny_moondream2_2025"
+both_releases = pytest.mark.parametrize("small_model", [TINY, TINY_2025], ids=["2024", "2025"])
+CHROMIUM_OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage
+    --disable-background-networking --disable-component-update --disable-sync"""
 
 
 def pytest_configure(config):
@@ -36,15 +43,44 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
-    return small_tokenizer()
+@pytest.fixture
+def small_model():
+    """The folder of the small checkpoint; a test of `both_releases` runs with that of each."""
+    return TINY
 
 
 @pytest.fixture
-def tiny():
+def tokenizer(small_model):
+    return small_tokenizer(small_model)
+
+
+@pytest.fixture
+def tiny(small_model):
     """The small checkpoint in float32, in which equalities can be tested as such."""
-    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
+
+
+def plain_prompt(question, tokenizer):
+    """The token ids between a picture and an answer, written out for the release that the tokenizer is of."""
+    if tokenizer.convert_ids_to_tokens(3) == "<|md_reserved_2|>":
+        query, question = (tokenizer(text, split_special_tokens=True).input_ids for text in ("query", question))
+        return [1, *query, 2, *question, 3, 3]
+    return tokenizer(f"\n\nQuestion: {question}\n\nAnswer:", add_special_tokens=False).input_ids
+
+
+def plain_answer(answer, tokenizer):
+    """The token ids of an answer and its end, written out likewise."""
+    space = "" if tokenizer.convert_ids_to_tokens(3) == "<|md_reserved_2|>" else " "
+    return [*tokenizer(f"{space}{answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+
+
+def plain_mask(model, tokens):
+    """Who sees whom in a row of one question: (1, 1, tokens, tokens), of which the text model takes all as it is."""
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    if model.config.architectures == ["HfMoondream"]:
+        prefix = 1 + model.config.image_tokens
+        mask[:prefix, :prefix] = True
+    return mask[None, None]
 
 
 def draw_picture(path, number, size=(140, 100)):
@@ -91,18 +127,19 @@ def test_file(data):
 
 
 @cache
-def small_tokenizer():
-    return AutoTokenizer.from_pretrained(TINY)
+def small_tokenizer(small_model=TINY):
+    return AutoTokenizer.from_pretrained(small_model)
 
 
 @cache
-def small_config():
-    return AutoConfig.from_pretrained(TINY)
+def small_config(small_model=TINY):
+    return AutoConfig.from_pretrained(small_model)
 
 
 def dataset(path, tokenizer=None, config=None):
-    """The VQADataset of a file."""
-    tokenizer, config = tokenizer or small_tokenizer(), config or small_config()
+    """The VQADataset of a file, as of the release that the tokenizer is of."""
+    tokenizer = tokenizer or small_tokenizer()
+    config = config or small_config(Path(tokenizer.name_or_path))
     lines = read_lines(path, tokenizer.eos_token)
     return script.VQADataset(path, lines, find_pictures(path, lines, KnownPictures(None)), config, tokenizer)
 
@@ -172,3 +209,19 @@ def run_python(code, cwd, **environment):
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """Headless Chromium, which logs what it asks for and what goes wrong on a page."""
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        (pytest.fail if "CI" in os.environ else pytest.skip)("chromium and chromium-driver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for option in (*CHROMIUM_OPTIONS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    made = webdriver.Chrome(options, Service(chromedriver))
+    yield made
+    made.quit()

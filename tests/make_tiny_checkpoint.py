@@ -1,37 +1,45 @@
-"""Makes tests/tiny_moondream2/: Moondream2's classes in a few MiB, for the tests and the first command.
+"""Makes tests/tiny_moondream2/ and tests/tiny_moondream2_2025/: the classes of both releases in a few MiB each.
 
-    python -m tests.make_tiny_checkpoint
+    python -m tests.make_tiny_checkpoint 2024-08-26
+    python -m tests.make_tiny_checkpoint 2025-06-21
 
-takes about seven minutes on two cores. First the vision encoder learns to see what `make_scenes.py` draws, then the
+take about ten minutes each on two cores. First the vision encoder learns to see what `make_scenes.py` draws, then the
 text model to talk about it. Neither the pictures nor the questions and answers are the sample data's: fine-tuning on
 those has sight to build on, and their wording to learn.
 """
 
+import argparse
 import math
 import random
 import shutil
 from dataclasses import replace
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import CodeGenTokenizer
 
 from moondream2.modeling_moondream2 import (
+    HfMoondream,
+    HfMoondreamConfig,
     Moondream,
     MoondreamConfig,
-    answer_text,
+    PreTrainedTokenizerFast,
     lay_out_rows,
     preprocess,
+    preprocess_tiled,
     prompt_text,
     row_mask,
 )
 from tests import make_scenes as street
 
-FOLDER = Path(__file__).parent / "tiny_moondream2"
+FOLDERS = {"2024-08-26": "tiny_moondream2", "2025-06-21": "tiny_moondream2_2025"}
 SEEDS = range(1_000_000, 1_003_000)
 END = "<|endoftext|>"
 TEXT = {"vocab_size": 512, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 3}
@@ -40,6 +48,7 @@ VISION = {"image_size": 126, "hidden_size": 128, "intermediate_size": 384, "num_
 VISION |= {"num_attention_heads": 4, "projection_size": 512}
 PATCH = 14
 SIDE = VISION["image_size"] // PATCH  # a picture is SIDE x SIDE places
+MARGIN, MAX_TILES = 2, 4  # of the later release
 KINDS = ("on", "beside", "waiting", "coming", "red", "green")  # of walkers, cars and signals that stand at a place
 VALUES = {  # of each fact about a scene
     "crossing": (True, False),
@@ -91,23 +100,56 @@ def facts(scene):
     return {fact: values.index(held[fact]) for fact, values in VALUES.items()}
 
 
-def make_tokenizer():
-    """A byte-level BPE, as the release's, of the words in WORDINGS."""
+def train_tokenizer(texts, special):
+    """A byte-level BPE of these texts, as the releases'."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bytes_, size = pre_tokenizers.ByteLevel.alphabet(), TEXT["vocab_size"]
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=bytes_, show_progress=False)
-    texts = [f"{prompt_text(text)} {text}" for block in BLOCKS for line in block for text in line]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=bytes_, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def make_2024():
+    """The tokenizer and an untrained model of 2024-08-26."""
+    texts = [f"{prompt_text(text)} {text}" for block in BLOCKS for line in block for text in line]
     ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
-    return CodeGenTokenizer(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **ends)
+    bpe = train_tokenizer(texts, [END])
+    tokenizer = CodeGenTokenizer(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **ends)
+    return tokenizer, Moondream(MoondreamConfig(text_config=TEXT, vision_config=VISION, region_features=16))
 
 
-def picture(seed):
-    """Pixels (3, height, width), the facts, and what stands at each place: 0 for nothing or one of KINDS, from 1.
+def make_2025():
+    """The tokenizer and an untrained model of 2025-06-21, its special tokens where the release has them."""
+    texts = [text for block in BLOCKS for line in block for text in line]
+    special = [AddedToken(token, special=True) for token in (END, *(f"<|md_reserved_{i}|>" for i in range(20)))]
+    bpe = train_tokenizer([*texts, *["query", "describe", "short", "normal", "long"] * 3], special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END)
+    word = {text: bpe.encode(text).ids for text in ("query", "describe", "short", "normal", "long")}
+    tokens = {"query": [1, *word["query"], 2]}
+    tokens |= {
+        f"{length} caption": [1, *word["describe"], 2, *word[length], 3] for length in ("short", "normal", "long")
+    }
+    region = {"coord_features": 16, "size_features": 16, "hidden_size": 32, "coord_bins": 16, "size_bins": 32}
+    vision = VISION | {"overlap_margin": MARGIN, "max_tiles": MAX_TILES}
+    config = HfMoondreamConfig(text_config=TEXT, vision_config=vision, tokens=tokens, region=region)
+    return tokenizer, HfMoondream(config)
 
-    It is drawn at half its size, plenty for 126 pixels a side; half of the large ones are seen without tiles.
+
+def pixels_2024(image, seed):
+    """Half of the large ones are seen without tiles."""
+    return preprocess(image, VISION["image_size"], 256 if seed % 2 else 512)
+
+
+def pixels_2025(image, seed):
+    return preprocess_tiled(image, VISION["image_size"], 2 * MARGIN * PATCH, MAX_TILES)
+
+
+def picture(seed, pixels_of):
+    """What `pixels_of` makes of it, the facts, and what stands at each place: 0 for nothing or one of KINDS, from 1.
+
+    It is drawn at half its size, plenty for 126 pixels a side.
     """
     scene = street.make_scene(seed)
     canvas = street.Canvas(replace(scene, size=tuple(side // 2 for side in scene.size)))
@@ -123,23 +165,24 @@ def picture(seed):
             kind, y = kinds[draw]
             across, down = canvas.at(x, y, z)
             places[int(down / canvas.height * SIDE), int(across / canvas.width * SIDE)] = 1 + KINDS.index(kind)
-    pixels = preprocess(street.finish(canvas), VISION["image_size"], 256 if seed % 2 else 512)
-    return pixels.numpy(), facts(scene), places.numpy()
+    pixels = tree_map(torch.Tensor.numpy, pixels_of(street.finish(canvas), seed))
+    return pixels, facts(scene), places.numpy()
 
 
 @torch.no_grad()
-def warm_start(visual, pictures):
+def warm_start(patches, positions, pictures):
     """Has patches told by their principal components, whitened, and places by sines: seeing begins sooner."""
     width, whole = VISION["hidden_size"], (3, VISION["image_size"], VISION["image_size"])
-    pixels = torch.stack([pixels for pixels, _, _ in pictures if pixels.shape == whole][:500])
-    patches = F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
-    values, vectors = torch.linalg.eigh(patches.T.cov())
+    pixels = [pixels[0] if isinstance(pixels, tuple) else pixels for pixels, _, _ in pictures]
+    pixels = torch.stack([each for each in pixels if each.shape == whole][:500])
+    seen = F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
+    values, vectors = torch.linalg.eigh(seen.T.cov())
     weight = 0.2 * vectors[:, -width:] / (values[-width:] + 1e-3).sqrt()
-    visual.patch_embed.linear.weight.copy_(weight.T)
-    visual.patch_embed.linear.bias.copy_(-patches.mean(0) @ weight)
+    patches.weight.copy_(weight.T)
+    patches.bias.copy_(-seen.mean(0) @ weight)
     at = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE))
     angles = (at[..., None] * (0.2 * 1.12 ** torch.arange(width // 4))).flatten(1)
-    visual.pos_embed.copy_(0.2 * torch.cat([angles.sin(), angles.cos()], -1))
+    positions.copy_(0.2 * torch.cat([angles.sin(), angles.cos()], -1))
 
 
 def train(loss_of, parameters, steps, name, rate=1e-3):
@@ -168,7 +211,8 @@ def learn_to_see(encoder, pictures, steps, batch=24):
         for i in torch.randint(len(pictures), (batch,)):
             pixels, known, places = pictures[i]
             mirror, light = [-1] if torch.rand(()) < 0.5 else [], torch.empty(3, 1, 1).uniform_(0.85, 1.15)
-            chosen.append((light * pixels.flip(mirror), known, places.flip(mirror)))
+            pixels = tree_map(lambda x, light=light, mirror=mirror: light * x.flip(mirror), pixels)
+            chosen.append((pixels, known, places.flip(mirror)))
         pixels, known, places = zip(*chosen, strict=True)
         seen = encoder(pixels)
         loss = F.cross_entropy(heads["places"](seen).flatten(0, 1), torch.stack(places).flatten(), weights)
@@ -181,7 +225,7 @@ def learn_to_see(encoder, pictures, steps, batch=24):
 
 def learn_to_talk(model, tokenizer, pictures, steps, batch=12):
     """Trains the text model on the facts as the vision encoder sees them: a question each, in wordings drawn anew."""
-    rng, end, tokens = random.Random("talk"), tokenizer.eos_token_id, model.config.image_tokens
+    rng, config, end = random.Random("talk"), model.config, tokenizer.eos_token_id
     pixels = [each for each, _, _ in pictures]
     seen = torch.cat([model.encode_image(pixels[i : i + 24]) for i in range(0, len(pixels), 24)])
 
@@ -189,42 +233,54 @@ def learn_to_talk(model, tokenizer, pictures, steps, batch=12):
         chosen = torch.randint(len(pictures), (batch,)).tolist()
         rows, labels = [], []
         for i in chosen:
-            row, label = [], [-100] * (1 + tokens)
+            row, label = [], [-100] * config.prefix_tokens
             for (asking, *answering), value in zip(BLOCKS, pictures[i][1].values(), strict=True):
-                prompt = tokenizer(prompt_text(rng.choice(asking))).input_ids
-                answer = tokenizer(answer_text(rng.choice(answering)[value])).input_ids + [end]
+                (prompt,) = config.prompt_ids([rng.choice(asking)], tokenizer)
+                (answer,) = config.answer_ids([rng.choice(answering)[value]], tokenizer)
                 row.append((prompt, answer))
                 label += [-100] * len(prompt) + answer
             rows.append(row)
             labels.append(torch.tensor(label))
-        layout = lay_out_rows(rows, end, tokens)
+        layout = lay_out_rows(rows, end, config.image_tokens)
         inputs = {name: layout[name] for name in ("input_ids", "position_ids")}
-        mask, labels = row_mask(layout["document_ids"], 1 + tokens), nn.utils.rnn.pad_sequence(labels, True, -100)
+        mask, labels = (
+            row_mask(layout["document_ids"], config.prefix_tokens),
+            nn.utils.rnn.pad_sequence(labels, True, -100),
+        )
         return model(**inputs, image_embeds=seen[chosen], attention_mask=mask, labels=labels).loss
 
     train(loss_of, list(model.text_model.parameters()), steps, "talking")
 
 
-def save(model, tokenizer):
-    """Writes the folder as the hub's, in float16, but without the model's code, which the project root has already."""
-    Moondream._auto_class = MoondreamConfig._auto_class = None  # or save_pretrained would copy it
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    model.half().save_pretrained(FOLDER)
-    tokenizer.save_pretrained(FOLDER)
+def save(model, tokenizer, dtype, folder):
+    """Writes the folder as the hub's, but without the model's code, which the project root has already."""
+    type(model)._auto_class = type(model.config)._auto_class = None  # or save_pretrained would copy it
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("release", choices=FOLDERS)
+    release = parser.parse_args().release
     torch.set_num_threads(2)
     torch.manual_seed(0)
+    is_first = release == "2024-08-26"
     with Pool() as pool:
-        drawn = pool.map(picture, SEEDS, chunksize=50)
-    pictures = [(torch.from_numpy(pixels), known, torch.from_numpy(places)) for pixels, known, places in drawn]
-    tokenizer = make_tokenizer()
-    model = Moondream(MoondreamConfig(text_config=TEXT, vision_config=VISION, region_features=16))
-    warm_start(model.vision_encoder.encoder.model.visual, pictures)
-    learn_to_see(model.vision_encoder, pictures, steps=1200)
+        drawn = pool.map(partial(picture, pixels_of=pixels_2024 if is_first else pixels_2025), SEEDS, chunksize=50)
+    pictures = [tree_map(lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x, each) for each in drawn]
+    tokenizer, model = make_2024() if is_first else make_2025()
+    encoder = model.vision_encoder
+    if is_first:
+        visual = encoder.encoder.model.visual
+        warm_start(visual.patch_embed.linear, visual.pos_embed, pictures)
+    else:
+        warm_start(encoder.patch_emb, encoder.pos_emb, pictures)
+    learn_to_see(encoder, pictures, steps=1200)
     learn_to_talk(model, tokenizer, pictures, steps=600)
-    save(model, tokenizer)
+    # Each in the type of its release's weights.
+    save(model, tokenizer, torch.float16 if is_first else torch.bfloat16, Path(__file__).parent / FOLDERS[release])
 
 
 if __name__ == "__main__":

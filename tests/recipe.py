@@ -22,17 +22,19 @@ def fill(name, shape, scale=0.02, offset=0.0):
 
 
 @torch.no_grad()
-def fill_module(module, prefix):
+def fill_module(module, prefix, scale=0.02):
     """Fills every parameter of a module whose state-dict names begin with `prefix` in the full model."""
     for name, parameter in module.named_parameters(prefix):
         *_, owner, kind = name.split(".")
-        is_norm_weight = kind == "weight" and owner in ("norm", "norm1", "norm2", "ln")
-        parameter.copy_(fill(name, parameter.shape, *((0.05, 1.0) if is_norm_weight else (0.02,))))
+        is_norm_weight = kind == "weight" and owner in ("norm", "norm1", "norm2", "ln", "ln1", "ln2", "post_ln")
+        parameter.copy_(fill(name, parameter.shape, *((0.05, 1.0) if is_norm_weight else (scale,))))
     return module
 
 
 def picture(width, height):
-    """Red grows to the right, green downwards, blue is a chequerboard of 8 pixels a field."""
+    """Red grows to the right, green downwards, blue is a chequerboard of 8 pixels a field; one pixel has its own."""
+    if width == height == 1:
+        return Image.new("RGB", (1, 1), (10, 20, 30))
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     blue = ((x // 8 + y // 8) % 2) * 255
     return Image.fromarray(np.stack([x * 255 // (width - 1), y * 255 // (height - 1), blue], -1).astype(np.uint8))

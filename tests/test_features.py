@@ -135,10 +135,11 @@ def change_pixels_version(model):
         change_pixels_version,
         lambda model: model.bfloat16(),
         lambda model: setattr(model.config.vision_config, "tile_from", 256),
+        lambda model: model.config.leave_out_tiles(),
         lambda model: setattr(model.config.vision_config, "num_attention_heads", 2),
         lambda model: setattr(model.config.vision_config, "layer_norm_eps", 1e-6),
     ],
-    ids=["weights", "preprocessing", "dtype", "tiles", "heads", "eps"],
+    ids=["weights", "preprocessing", "dtype", "tiles", "no tiles", "heads", "eps"],
 )
 def test_all_that_decides_features_is_in_the_name_of_their_store(tiny, store, monkeypatch, change):
     monkeypatch.setattr(features, "PIXELS_VERSION", PIXELS_VERSION)

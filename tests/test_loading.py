@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import hashlib
 import json
 import pickle
 import shutil
@@ -11,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import finetune_moondream as script
-from moondream2 import ask
+from moondream2 import ask, loading
 from moondream2.cli import InputError
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, TINY_2025, start_script
 
 CODE = """
 from pathlib import Path
@@ -183,3 +184,130 @@ def test_every_loading_says_that_no_code_is_run():
     ]
     said = [[each.value.value for each in call.keywords if each.arg == "trust_remote_code"] for call in calls]
     assert len(calls) >= 5 and said == [[False]] * len(calls)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which release it is, where several have one form
+# ---------------------------------------------------------------------------------------------------------------------
+
+COMMIT = "9a7d4024050840e001defacec2b00727e89149e6"  # of 2025-06-21
+OTHER = "0" * 40
+
+
+@pytest.fixture
+def as_downloaded(tmp_path):
+    """A folder as the hub has it: the mark of what this project saves is missing, and the tokenizer lies in its own."""
+    copy = tmp_path / "weights"
+    shutil.copytree(TINY_2025, copy)
+    config = json.loads((copy / "config.json").read_text())
+    assert config.pop("release") == "2025-06-21"
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "starmie-v1").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).rename(copy / "starmie-v1" / name)
+    return copy
+
+
+def note_commit(folder, commit):
+    """As `hf download --local-dir` does."""
+    noted = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    noted.parent.mkdir(parents=True)
+    noted.write_text(f"{commit}\n0000\n1700000000.0\n")
+
+
+def know(monkeypatch, folder, name):
+    """The digest of a file of this folder stands where that of the released file does."""
+    known = loading.RELEASES["HfMoondream"]
+    assert name in known.files
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setitem(loading.RELEASES, "HfMoondream", known._replace(files={**known.files, name: digest}))
+
+
+@loads
+@pytest.mark.parametrize("told_by", ["mark", "commit", "config.json", "model.safetensors"])
+def test_a_folder_that_can_be_told_to_be_of_2025_06_21_is_loaded(as_downloaded, monkeypatch, load, told_by):
+    if told_by == "commit":
+        note_commit(as_downloaded, COMMIT)
+    elif told_by != "mark":
+        know(monkeypatch, as_downloaded, told_by)
+    load(TINY_2025 if told_by == "mark" else as_downloaded)
+
+
+@loads
+@pytest.mark.parametrize("noted", [None, OTHER])
+def test_a_folder_that_can_not_be_told_to_be_of_it_is_refused(as_downloaded, load, noted):
+    if noted:
+        note_commit(as_downloaded, noted)
+    assert refused(load, as_downloaded) == "found HfMoondream, of another commit than that of 2025-06-21"
+
+
+def test_the_released_files_are_told_by_their_digests():
+    released = ROOT / "tests" / "golden" / "2025-06-21-config.json"
+    files = loading.RELEASES["HfMoondream"].files
+    assert files["config.json"] == loading.sha256(released) == hashlib.sha256(released.read_bytes()).hexdigest()
+    assert files["model.safetensors"] == "70a7d94c0c8349eb58ed2d9e636ef2d0916960f321ecabeac6354b8ba3d7403f"
+    assert loading.sha256(released.with_name("none")) is None
+
+
+@pytest.fixture
+def hub(as_downloaded, tmp_path):
+    """`hub(commit)`: a cache of the hub with both repositories, the model's at this commit; its code ends a run."""
+
+    def make(commit):
+        snapshot = tmp_path / "hub" / "models--vikhyatk--moondream2" / "snapshots" / commit
+        shutil.copytree(as_downloaded, snapshot, ignore=shutil.ignore_patterns("starmie-v1"))
+        config = json.loads((snapshot / "config.json").read_text())
+        names = {"AutoConfig": "hf_moondream.HfConfig", "AutoModelForCausalLM": "hf_moondream.HfMoondream"}
+        (snapshot / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+        (snapshot / "hf_moondream.py").write_text("raise SystemExit('code of the hub runs')")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TINY / file, snapshot)  # what is left over there
+        starmie = tmp_path / "hub" / "models--moondream--starmie-v1" / "snapshots"
+        commit_of_it = "35192e10a54e36eabe0a7cc57a2c1aab371cafc5"
+        shutil.copytree(as_downloaded / "starmie-v1", starmie / commit_of_it)
+        return tmp_path
+
+    return make
+
+
+def test_from_the_hub_its_files_are_loaded_and_none_of_its_code(hub, data):
+    flags = {"revision": COMMIT, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl", "epochs": 1}
+    flags |= {"output_dir": data / "out", "features_dir": "none", "batch_size": 8, "valid_answers": 2}
+    run = start_script(flags, HF_HOME=str(hub(COMMIT)))
+    out, error = run.communicate()
+    assert run.returncode == 0, error
+    assert "Saved to" in out
+    saved = json.loads((data / "out" / "config.json").read_text())
+    assert saved["release"] == "2025-06-21" and saved["auto_map"]["AutoConfig"].startswith("modeling_moondream2.")
+    model, tokenizer = ask.load(data / "out")
+    assert tokenizer.convert_ids_to_tokens(3) == "<|md_reserved_2|>" and tokenizer.eos_token_id == 0
+
+
+def test_another_commit_of_the_hub_is_refused(hub, data):
+    flags = {"revision": OTHER, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl"}
+    run = start_script({**flags, "output_dir": data / "out"}, HF_HOME=str(hub(OTHER)))
+    out, error = run.communicate()
+    assert run.returncode == 1 and "Traceback" not in error
+    assert "vikhyatk/moondream2 is not Moondream2 of 2024-08-26 or 2025-06-21 (found HfMoondream, of another" in error
+
+
+def test_without_the_hub_both_repositories_are_named(data, tmp_path):
+    flags = {"revision": COMMIT, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl"}
+    run = start_script({**flags, "output_dir": data / "out"}, HF_HOME=str(tmp_path))
+    _, error = run.communicate()
+    last = error.strip().splitlines()[-1]
+    assert run.returncode == 1 and last.startswith("error: cannot load vikhyatk/moondream2: ")
+    assert f"`hf download vikhyatk/moondream2 --revision {COMMIT} --local-dir moondream2-weights` and `hf" in last
+    tokenizer = "moondream/starmie-v1 --revision 35192e10a54e36eabe0a7cc57a2c1aab371cafc5"
+    assert f"`hf download {tokenizer} --local-dir moondream2-weights/starmie-v1`, copy it" in last
+
+
+@loads
+def test_a_folder_that_lacks_the_tokenizer_says_where_it_is(as_downloaded, load, monkeypatch):
+    note_commit(as_downloaded, COMMIT)
+    shutil.rmtree(as_downloaded / "starmie-v1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError) as error:
+        load(as_downloaded)
+    line = str(error.value)
+    assert "\n" not in line and f"--local-dir {as_downloaded}/starmie-v1`" in line and "vikhyatk" not in line

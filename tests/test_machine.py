@@ -103,8 +103,9 @@ def test_a_card_without_bfloat16_ends_the_run_before_anything_is_fetched(
     with pytest.raises(InputError) as refused:
         run_main(model_id=TINY, output_dir=tmp_path / "out")
     assert str(refused.value) == (
-        f"{name} has no bfloat16 of its own, in which this script trains: take an NVIDIA card of the Ampere generation "
-        "or newer (RTX 30, A10, A100, L4); with ACCELERATE_USE_CPU=true in the environment it runs on the CPU, slowly"
+        f"{name} has no bfloat16 of its own, in which every weight is trained: --lora_rank 16 trains adapters on it, "
+        "in float16 (docs/small-cards.md); or take an NVIDIA card of the Ampere generation or newer (RTX 30, A10, "
+        "A100, L4); with ACCELERATE_USE_CPU=true in the environment it runs on the CPU, slowly"
     )
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().out == ""

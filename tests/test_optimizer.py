@@ -199,7 +199,7 @@ optimizer.CPU_PART = 1 << 12
 expected = trained()
 config = torch._dynamo.config.get_config_copy()
 with torch.no_grad():
-    optimizer.update = optimizer.kernel("cpu", 0.9, 0.99, 1e-8)
+    optimizer.update = optimizer.kernel("cpu", torch.bfloat16, 0.9, 0.99, 1e-8)
 for got, each in zip(trained(), expected):
     torch.testing.assert_close(got, each, rtol=2**-14, atol=1e-7)
 assert torch._dynamo.config.get_config_copy() == config

@@ -13,10 +13,18 @@ import finetune_moondream as script
 from moondream2.checkpoints import Progress
 from moondream2.cli import InputError
 from moondream2.features import image_embeds
-from moondream2.modeling_moondream2 import prompt_text
 from moondream2.pictures import pixels_of
 from moondream2.rows import StepSampler, rows_of, text_inputs
-from tests.conftest import constants, dataset, engine_of, layer_out
+from tests.conftest import (
+    both_releases,
+    constants,
+    dataset,
+    engine_of,
+    layer_out,
+    plain_answer,
+    plain_mask,
+    plain_prompt,
+)
 
 
 @pytest.fixture
@@ -28,19 +36,20 @@ def plain_losses(model, tokenizer, examples, pictures):
     """The summed loss of each example, as the original computes it: one row each, whole logits, -100 elsewhere."""
     losses = []
     for example in examples:
-        prompt = tokenizer(prompt_text(example.question), add_special_tokens=False).input_ids
-        answer = [*tokenizer(f" {example.answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        prompt, answer = plain_prompt(example.question, tokenizer), plain_answer(example.answer, tokenizer)
         with torch.no_grad():
             pixels = pixels_of(pictures[example.picture], model.vision_encoder.preprocess)
             image = model.vision_encoder([pixels])
         ids = model.get_input_embeddings()(torch.tensor([[tokenizer.bos_token_id, *prompt, *answer]]))
         embeds = torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1)
         labels = torch.tensor([-100] * (1 + image.shape[1] + len(prompt)) + answer)
-        logits = model.text_model(inputs_embeds=embeds).logits[0].float()
+        mask = plain_mask(model, embeds.shape[1])
+        logits = model.text_model(inputs_embeds=embeds, attention_mask=mask).logits[0].float()
         losses.append(F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum"))
     return losses
 
 
+@both_releases
 def test_targets_are_the_answers_and_nothing_else(tiny, tokenizer, train):
     """At each answer position the next token of its row is the target; everything else has none."""
     rows = rows_of(train.examples, 10_000)
@@ -58,8 +67,7 @@ def test_targets_are_the_answers_and_nothing_else(tiny, tokenizer, train):
         seen += positions.tolist()
         assert (targets[document_ids <= 0] == -100).all()
         for k, example in enumerate(row, start=1):
-            prompt = tokenizer(f"\n\nQuestion: {example.question}\n\nAnswer:", add_special_tokens=False).input_ids
-            answer = tokenizer(f" {example.answer}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            prompt, answer = plain_prompt(example.question, tokenizer), plain_answer(example.answer, tokenizer)
             assert ids[document_ids == k].tolist() == prompt + answer
             assert targets[document_ids == k].tolist() == [-100] * len(prompt) + answer
             places = batch["position_ids"][r][document_ids == k].tolist()
@@ -67,6 +75,7 @@ def test_targets_are_the_answers_and_nothing_else(tiny, tokenizer, train):
     assert len(seen) == len(batch["targets"]) == sum(len(example.answer_ids) for example in train)
 
 
+@both_releases
 def test_what_is_trained_on_is_what_answer_question_continues(tiny, tokenizer, train, monkeypatch):
     example = train[3]
     batch = script.collate([[example]], layer_out(tiny, tokenizer, train))
@@ -89,6 +98,7 @@ def summed_loss(model, batch):
     return script.answer_loss(model.text_model, batch, embeds, 1, "cpu")
 
 
+@both_releases
 @pytest.mark.parametrize(
     "numbers",
     [[0], [1, 2, 3, 4], [0, 5, 7, 10], list(range(19)), [4, 9, 1, 2]],
@@ -108,6 +118,7 @@ def test_shared_rows_have_the_loss_and_gradient_of_separate_ones(tiny, tokenizer
         assert difference < 1e-5, name
 
 
+@both_releases
 def test_in_bfloat16_shared_rows_differ_no_more_than_plain_runs_do(tiny, tokenizer, train):
     """Two plain runs, one row at a time and all rows padded to a batch, differ by rounding: that is the measure."""
     tiny.bfloat16()
@@ -142,6 +153,8 @@ def plain_padded_gradient(model, tokenizer, examples, pictures):
         start = 1 + images.shape[1] + len(each.prompt_ids)
         labels[r, start : start + len(each.answer_ids)] = torch.tensor(each.answer_ids)
         mask[r, : start + len(each.answer_ids)] = 1
+    padding = mask.bool()[:, None, None, :] | torch.eye(mask.shape[1], dtype=torch.bool)
+    mask = plain_mask(model, mask.shape[1]) & padding
     logits = model.text_model(inputs_embeds=embeds, attention_mask=mask).logits.float()
     F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
@@ -175,6 +188,7 @@ def collated(model, tokenizer, train, step_size, batch_size, group=True, epoch=1
     return [[script.collate(rows, load) for rows in step] for step in sampler.epoch(epoch)]
 
 
+@both_releases
 @pytest.mark.parametrize("group", [False, True])
 def test_a_step_is_the_same_however_it_is_cut(tiny, tokenizer, train, group):
     def trained(batch_size):
