@@ -43,6 +43,14 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def all_cores():
+    """For models of full size: what other tests run beside them leave of the cores."""
+    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def small_model():
     """The folder of the small checkpoint; a test of `both_releases` runs with that of each."""

@@ -1,7 +1,6 @@
 """The model against figures of the released model's own code: shapes, pixels, embeddings, logits, losses, gradients."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,7 @@ SIZES = json.loads((GOLDEN / "preprocess_sizes.json").read_text())["image WxH ->
 PICTURES = [(320, 240), (500, 100), (640, 480), (1280, 720), (600, 900), (1024, 1000)]
 BOS = 50256
 
-
-@pytest.fixture(scope="module", autouse=True)
-def all_cores():
-    """For models of full size, and what other tests run beside them leave of the cores."""
-    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-    yield
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("all_cores")
 
 
 @pytest.fixture(scope="session")
@@ -96,18 +89,22 @@ def sequence(model, which):
     return embeds, labels
 
 
-def test_logits(golden, text_model):
-    with torch.no_grad():
-        logits = text_model(inputs_embeds=sequence(text_model, "a")[0]).logits
-    torch.testing.assert_close(logits[0, -8:, ::64], golden["text.a.last8_logits"], atol=1e-4, rtol=0)
+def test_logits_loss_and_gradient_norms(golden, text_model):
+    embeds, labels = sequence(text_model, "a")
+    out = text_model(inputs_embeds=embeds, labels=labels)
+    torch.testing.assert_close(out.logits[0, -8:, ::64], golden["text.a.last8_logits"], atol=1e-4, rtol=0)
+    assert out.loss.item() == pytest.approx(TEXT["loss_a"], abs=1e-5)
+    out.loss.backward()
+    norms = {name: p.grad.norm().item() for name, p in text_model.named_parameters()}
+    text_model.zero_grad()
+    assert norms == pytest.approx(TEXT["gradient_norms_of_loss_a"], rel=1e-4)
 
 
-@pytest.mark.parametrize("which", ["a", "b"])
-def test_loss(which, text_model):
+def test_loss(text_model):
     with torch.no_grad():
-        embeds, labels = sequence(text_model, which)
+        embeds, labels = sequence(text_model, "b")
         loss = text_model(inputs_embeds=embeds, labels=labels).loss
-    assert loss.item() == pytest.approx(TEXT[f"loss_{which}"], abs=1e-5)
+    assert loss.item() == pytest.approx(TEXT["loss_b"], abs=1e-5)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -140,11 +137,3 @@ def test_greedy_tokens_of_transformers_own_generate(text_model):
     embeds = torch.cat([embeds[:, :1], image, embeds[:, 1:]], dim=1)
     ids = text_model.generate(inputs_embeds=embeds, max_new_tokens=8, do_sample=False, eos_token_id=BOS)
     assert ids[0].tolist() == [token for token, _ in TEXT["greedy_after_question_a [token, margin]"]]
-
-
-def test_gradient_norms(text_model):
-    embeds, labels = sequence(text_model, "a")
-    text_model(inputs_embeds=embeds, labels=labels).loss.backward()
-    norms = {name: p.grad.norm().item() for name, p in text_model.named_parameters()}
-    text_model.zero_grad()
-    assert norms == pytest.approx(TEXT["gradient_norms_of_loss_a"], rel=1e-4)
