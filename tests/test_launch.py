@@ -189,9 +189,10 @@ def test_one_process_speaks_and_all_finish(flags, tmp_path):
 
 @slow
 @pytest.mark.skipif(subprocess.run(["unshare", "--net", "true"]).returncode != 0, reason="no right to a namespace")
-def test_gradients_are_sent_once_a_step():
+def test_gradients_are_sent_once_a_step(data):
     """Bytes on the wire: what a ring sends of the gradients, and 2% for everything else, accumulating or not."""
     command = [sys.executable, "-m", "tests.scaling", "--grad_accum_steps", "2", "--epochs", "1"]
+    command += ["--train_file", str(data / "train.jsonl"), "--valid_file", str(data / "valid.jsonl")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("{")]
     figures = json.loads(line)
