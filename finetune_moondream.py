@@ -395,11 +395,11 @@ def finish(constants, progress, checkpoints, output, merged, model, tokenizer, t
         output.remove("test_predictions.jsonl")  # of a run that this one replaces
     log.verdict(sets)
     write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, sets, device, test))
-    best, card = checkpoints.best_weights(), model_card(constants, progress, train, valid, test)
+    card = model_card(constants, progress, train, valid, test)
     with output.new_model() as folder:
-        save(model, tokenizer, merged or best, card, folder)
+        save(model, tokenizer, merged or checkpoints.best_weights(), card, folder)
         if merged:
-            adapters.save(folder / adapters.FOLDER, model, best, constants)
+            adapters.save(folder / adapters.FOLDER, model, checkpoints.best_weights(), constants)
     checkpoints.discard()
     print(f"Saved to {output.path}, with report.html to look at. To ask it:\n\n{how_to_ask(output.path, valid)}")
 
