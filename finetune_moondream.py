@@ -32,7 +32,7 @@ from moondream2.data import Example, hold_out, read_lines, tokenize
 from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_new_tokens
 from moondream2.features import FeatureStore, image_embeds, keep_features
 from moondream2.launch import end, first_on_each_machine, from_main, one_speaks, own_batches, start, start_tracker
-from moondream2.loading import checked_loading
+from moondream2.loading import checked_loading, choose_views
 from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
 from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead, set_up_pillow
@@ -51,6 +51,7 @@ TRAIN_FILE: str = "train.jsonl"  # one {"image_path", "question", "answer"} a li
 VALID_FILE: str | None = "valid.jsonl"  # other pictures, which judge each epoch; None: a tenth of TRAIN_FILE's
 TEST_FILE: str | None = None  # pictures that have no say in training: the model answers them before it and at the end
 OUTPUT_DIR: MayChange[str] = "./moondream_crosswalks_finetuned"  # the saved model, the log and the report
+TILES: bool = True  # False: all is learned and asked in one view, as llama.cpp and Ollama see a large picture, too
 
 # How: most people edit no further than this --------------------------------------------------------------------------
 EPOCHS: MayChange[PositiveInt] = 5  # passes over the training data; the best one is saved, so more cost only time
@@ -171,20 +172,22 @@ def load_tokenizer(model_id, revision):
     return loaded.config, loaded.tokenizer
 
 
-def load_model(model_id, revision, dtype=torch.bfloat16):
-    """Moondream2, its vision encoder frozen."""
+def load_model(model_id, revision, config=None, dtype=torch.bfloat16):
+    """Moondream2, its vision encoder frozen; with another configuration than its own where one is given."""
     with checked_loading(model_id, revision) as loaded:
-        model, loaded.info = AutoModelForCausalLM.from_pretrained(
-            model_id, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
+        how = {"revision": revision, "config": config, "dtype": dtype, "trust_remote_code": False}
+        model, loaded.info = AutoModelForCausalLM.from_pretrained(model_id, **how, output_loading_info=True)
     model.vision_encoder.requires_grad_(False)
     return model
 
 
 def encode(datasets, vision_encoder, store, accelerator, stop):
     """Sends each picture through the encoder once, and leaves out what can't be decoded; returns {key: Picture}."""
-    pictures = {key: picture for each in datasets for key, picture in each.pictures.items()}
-    broken, remarks = keep_features(list(pictures.values()), vision_encoder, store, accelerator, stop.together)
+    pictures, files = {}, []
+    for each in datasets:
+        files.append([picture for key, picture in each.pictures.items() if key not in pictures])
+        pictures |= {picture.key: picture for picture in files[-1]}
+    broken, remarks = keep_features(files, vision_encoder, store, accelerator, stop.together)
     for each in datasets:
         each.remarks = remarks
     log.decoded([line for each in datasets for line in each.leave_out(broken)], remarked(*datasets))
@@ -410,9 +413,10 @@ def prepare(constants, accelerator, checkpoints, stop):
     from_main(accelerator, adapters.refuse_or_warn, constants.lora_rank, constants.learning_rate)
     release = constants.model_id, constants.revision
     config, tokenizer = first_on_each_machine(accelerator, load_tokenizer, *release)
+    choose_views(config, constants.model_id, constants.tiles)
     datasets = from_main(accelerator, read_data, constants, config, tokenizer, stop)
     dtype = torch.float16 if accelerator.scaler else torch.bfloat16
-    model = first_on_each_machine(accelerator, load_model, *release, dtype)
+    model = first_on_each_machine(accelerator, load_model, *release, config, dtype)
     model = adapters.add(model, constants).to(accelerator.device)
     model.generation_config.max_new_tokens = most_new_tokens(datasets, config.max_text_tokens)
     log.parameters(model)
@@ -471,8 +475,7 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
     if is_to_test:
         take_test(run, train, *tests)
         from_main(accelerator, checkpoints.save_test, progress)
-    saved = merged, run.model, run.tokenizer, *run.datasets
-    from_main(accelerator, finish, constants, progress, checkpoints, output, *saved)
+    from_main(accelerator, finish, constants, progress, checkpoints, output, merged, *run[1:3], *run.datasets)
 
 
 def main():

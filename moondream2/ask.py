@@ -1,8 +1,11 @@
 """Asks a saved model about a picture, or scores it on a whole file of questions, alone or against another model.
 
+With --serve, a page in the browser asks it.
+
 python -m moondream2.ask moondream_crosswalks_finetuned images/valid_001.jpg "Is there a crossing?" "Is a car waiting?"
 python -m moondream2.ask moondream_crosswalks_finetuned valid.jsonl
 python -m moondream2.ask second_round valid.jsonl --against moondream_crosswalks_finetuned
+python -m moondream2.ask moondream_crosswalks_finetuned --serve
 """
 
 import argparse
@@ -29,6 +32,7 @@ from moondream2.pictures import KnownPictures, PictureError, examine, find_pictu
 from moondream2.report import facts, machine, means_of, predictions, write_report
 from moondream2.rows import lay_out, whole_rows
 from moondream2.scoring import METRICS
+from moondream2.serve import LOCAL, PORT, serve
 from moondream2.verdict import sureness
 
 
@@ -118,7 +122,7 @@ def encode_once(pictures, vision_encoder, store):
     """Encodes the pictures for all models that have this encoder, as have those that were fine-tuned from one."""
     missing = [picture for picture in pictures if picture.key not in store]
     if missing and store.has_room(len(missing), show=False):
-        encode_pictures(chunks_with(missing, pictures), vision_encoder, store)
+        encode_pictures(chunks_with(missing, [pictures]), vision_encoder, store)
 
 
 def score(models, names, path, batch_size, output_dir):
@@ -191,33 +195,48 @@ def load_in_turn(folders, device):
         del model, tokenizer
 
 
-def main():
+def read_words():
+    """What was typed, checked; `is_file` where a file of questions is to be scored."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", help="the folder of a saved model")
-    parser.add_argument("picture", help="a picture, or a JSONL file of pictures, questions and, to be scored, answers")
+    parser.add_argument(
+        "picture", nargs="?", help="a picture, or a JSONL file of pictures, questions and, to be scored, answers"
+    )
     parser.add_argument("question", nargs="*", help="questions about the picture")
     parser.add_argument("--against", metavar="MODEL", help="the folder of another model to compare it with, on a file")
     parser.add_argument("--batch_size", type=int, default=2, help="as the script's: less takes less memory")
     parser.add_argument("--output_dir", help="for a file's answers and report; default: valid_scored or valid_compared")
+    parser.add_argument("--serve", action="store_true", help="opens a page that takes pictures and questions")
+    parser.add_argument("--host", default=LOCAL[0], help="of the page; default: %(default)s, this computer alone")
+    parser.add_argument("--port", type=int, default=PORT, help="of the page; default: %(default)s; 0: any")
     words = parser.parse_args()
-    kind = Path(words.picture).suffix.lower()
-    is_file = kind == ".jsonl"
+    if words.serve and (words.picture or words.against):
+        raise InputError("--serve takes a model alone: pictures and questions come from its page")
+    kind = Path(words.picture or "").suffix.lower()
+    words.is_file = kind == ".jsonl"
     if kind in (".json", ".csv", ".tsv", ".parquet", ".txt"):
         raise InputError(f"{words.picture} is neither a picture nor a .jsonl file: see python -m moondream2.convert")
-    if is_file == bool(words.question):
-        raise InputError("give a picture and at least one question, or a .jsonl file alone")
-    if words.against and not is_file:
+    if words.is_file == bool(words.question) and not words.serve:
+        raise InputError("give a picture and at least one question, a .jsonl file alone, or --serve")
+    if words.against and not words.is_file:
         raise InputError("--against compares two models on a .jsonl file")
+    return words
+
+
+def main():
+    words = read_words()
     transformers.utils.logging.set_verbosity_error()
     set_up_pillow()
     folders = [words.against, words.model] if words.against else [words.model]
-    models = load_in_turn(folders, Accelerator().device)
-    if is_file:
+    names, models = names_of(folders), load_in_turn(folders, Accelerator().device)
+    if words.serve:
+        serve(partial(next, models), names[0], words.host, words.port)
+    elif words.is_file:
         kind = "compared" if words.against else "scored"
         output_dir = Path(words.output_dir or f"{Path(words.picture).with_suffix('').name}_{kind}")
-        score(models, names_of(folders), Path(words.picture), words.batch_size, output_dir)
+        score(models, names, Path(words.picture), words.batch_size, output_dir)
     else:
         ask(*next(models), words.picture, words.question)
 

@@ -43,6 +43,8 @@ def model_card(constants, progress, train, valid, test=None) -> str:
     # No pipeline_tag: the hub would make a line of it that transformers' pipelines do not run.
     head = "---\nbase_model: vikhyatk/moondream2\nlibrary_name: transformers\nlicense: apache-2.0\n---"
     opening = f"# {Path(constants.output_dir).name}\n\n{base}, fine-tuned with its vision encoder frozen."
+    if not constants.tiles:
+        opening += " Pictures are seen in one view, without tiles, as llama.cpp and Ollama see them."
     return "\n\n".join([head, opening, *(f"## {name}\n\n{text}" for name, text in parts.items() if text)]) + "\n"
 
 

@@ -19,6 +19,7 @@ import finetune_moondream as script
 from moondream2 import adapters, cli, log
 from moondream2.checkpoints import Checkpoints
 from moondream2.launch import refuse_missing_tracker
+from moondream2.loading import choose_views
 from moondream2.output_dir import OutputDir
 from moondream2.pictures import set_up_pillow
 from moondream2.rows import StepSampler
@@ -42,6 +43,7 @@ def check(constants):
     checkpoints = Checkpoints(output)
     checkpoints.refuse_finished(constants.overwrite, is_look=True)
     config, tokenizer = script.load_tokenizer(constants.model_id, constants.revision)
+    choose_views(config, constants.model_id, constants.tiles)
     datasets = script.read_data(constants, config, tokenizer, NEVER_STOPPED)
     if checkpoints.newest() and not constants.overwrite:
         checkpoints.refuse_another_run(constants, cli.may_change(script), datasets)

@@ -58,9 +58,13 @@ and with Ollama:
 
     ollama create {0} -f Modelfile
 
-Ask about one picture at a time, at temperature 0. The picture is seen in one view, without tiles; turn it upright and
-put it on white before, where its file has an EXIF orientation or transparency: the engines do neither.
+Ask about one picture at a time, at temperature 0. {4} Turn it upright and put it on white before, where its file has an
+EXIF orientation or transparency: the engines do neither.
 """
+VIEWS = {
+    True: "A large picture is seen in one view here, and less sharply than in training, where it had tiles as well.",
+    False: "It is seen in one view, as in training.",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,6 +201,7 @@ def opened(folder):
         raise InputError(f"there is no folder {folder}: give that of a saved model, a run's OUTPUT_DIR")
     with checked_loading(folder, None) as loaded:
         config = loaded.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        refuse_two_way(folder, config)
         loaded.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         weights = safe_open(Path(folder, "model.safetensors"), "pt")
         for tensors in (text_tensors, vision_tensors):
@@ -241,6 +246,14 @@ def write(writer, path, tensors, config, weights):
     writer.close()
 
 
+def refuse_two_way(folder, config):
+    if config.text_config.two_way_prefix:
+        raise InputError(
+            f"{folder} can't be exported: llama.cpp has no path for a prefix whose positions see each other both ways. "
+            "Serve it with Moondream's own engine: docs/serving.md"
+        )
+
+
 def refuse_taken(folder):
     if exists(folder):
         raise InputError(f"{folder} is there already: remove it, or give another --output_dir")
@@ -267,7 +280,7 @@ def export(folder, target, kind):
         refuse_full(target.parent, size)
         names = f"text-model-{kind}.gguf", "mmproj-f16.gguf"
         name = re.sub(r"[^\w.-]+", "-", Path(folder).resolve().name)  # which Ollama takes, too
-        page = README.format(name, *names, most_new_tokens)
+        page = README.format(name, *names, most_new_tokens, VIEWS[config.has_tiles])
         with write_whole(target) as beside:
             beside.mkdir()
             write(text, beside / names[0], text_tensors, config, weights)

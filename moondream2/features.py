@@ -28,7 +28,7 @@ from moondream2.modeling_moondream2 import PIXELS_VERSION
 from moondream2.pictures import BrokenPicture, PictureError, examine, pixels_of, read_ahead
 
 # Pictures that go through the encoder together: always the same ones, though some be stored already, so that a resumed
-# pass computes the same bits.
+# pass computes the same bits; and those of one data file, so that a TEST_FILE moves none of the others' bits.
 CHUNK = 8
 
 
@@ -246,20 +246,20 @@ def decode_pictures(pictures, store, together, show):
     return unusable, remarks
 
 
-def keep_features(pictures, vision_encoder, store, accelerator, together):
+def keep_features(files, vision_encoder, store, accelerator, together):
     """Encodes the pictures that are not stored yet, shared out among the processes.
 
     Where they can't be stored, each is decoded instead, to know that it can be. Once all are stored the encoder has
     said all that it will be asked, and leaves a GPU's memory to the text model.
 
     Args:
-        pictures: list of Picture, distinct by key.
+        files: lists of the Pictures of a data file each, distinct by key over all of them.
         together: as of `encode_pictures`.
     Returns:
         {key: reason} of the pictures that can't be used, and {key: list of remarks} of those of which something is to
         be said, found now or by the run that stored them; both the same in all processes.
     """
-    show = accelerator.is_main_process
+    pictures, show = list(chain(*files)), accelerator.is_main_process
     for folder, size in store.others() if show else ():
         print(f"{folder} ({size / 1e9:,.3f} GB) is of another model or version: delete it if nothing else needs it")
     missing = [picture for picture in pictures if picture.key not in store]
@@ -274,7 +274,7 @@ def keep_features(pictures, vision_encoder, store, accelerator, together):
     this_machine = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for i, processes in (everyone, this_machine):  # the second has work only where machines don't share the folder
         missing = still_missing()
-        chunks = chunks_with(missing, pictures)[i::processes] if has_room else []
+        chunks = chunks_with(missing, files)[i::processes] if has_room else []
         found = encode_pictures(chunks, vision_encoder, store, together, show)
         unusable |= dict(gather(list(found.items())))
 
@@ -287,8 +287,8 @@ def keep_features(pictures, vision_encoder, store, accelerator, together):
     return unusable | dict(gather(list(found.items()))), stored | dict(gather(list(remarks.items())))
 
 
-def chunks_with(missing, pictures):
-    """Those chunks of all pictures that hold a missing one."""
+def chunks_with(missing, files):
+    """Those chunks of the files' lists of pictures that hold a missing one; where a file ends, its last chunk does."""
     missing = set(missing)
-    chunks = [pictures[start : start + CHUNK] for start in range(0, len(pictures), CHUNK)]
+    chunks = [pictures[start : start + CHUNK] for pictures in files for start in range(0, len(pictures), CHUNK)]
     return [chunk for chunk in chunks if not missing.isdisjoint(chunk)]

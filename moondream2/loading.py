@@ -77,6 +77,16 @@ def checked_loading(model_id, revision):
         raise wrong_model(model_id, f"its weights lack {min(loaded.info['missing_keys'])}")
 
 
+def choose_views(config, model_id, tiles):
+    """Makes a model's configuration one without tiles where `tiles` is False; raises InputError where it can't be."""
+    if tiles and not config.has_tiles:
+        raise InputError(f"{model_id} was trained on pictures in one view: give --tiles false for it, too")
+    if not tiles and not config.can_leave_out_tiles:
+        raise InputError(f"{model_id} can't do without tiles: TILES = False is for the release 2024-08-26")
+    if not tiles:
+        config.leave_out_tiles()
+
+
 def refuse_another(model_id, revision, config):
     """Raises InputError where `config`, what config.json holds, is not Moondream2's, or names code to be fetched."""
     if Path(model_id, "adapter_config.json").is_file():

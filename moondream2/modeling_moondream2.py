@@ -74,6 +74,8 @@ class ReleaseConfig(PretrainedConfig):
     pad_token_id = bos_token_id = eos_token_id = None
     use_cache = True
     barred_token = None  # a token that no answer has but as its first
+    has_tiles = True  # large pictures are seen in tiles as well, and not in one view alone
+    can_leave_out_tiles = False  # `leave_out_tiles` makes it so that they aren't
 
     def __init__(self, text_config=None, vision_config=None, **kwargs):
         for name, value in (("text_config", text_config), ("vision_config", vision_config)):
@@ -333,7 +335,6 @@ class Pretrained(PreTrainedModel):
     _supports_flash_attn = _supports_flash_attn_2 = True  # by the kernel of torch's own, which SDPA takes where it can
     _supports_cache_class = True
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TextBlock", "VisionBlock", "HfTextBlock", "HfVisionBlock"]
     _skip_keys_device_placement = ["past_key_values"]
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
@@ -697,7 +698,7 @@ class MoondreamVisionConfig(PretrainedConfig):
     defaults = {
         "image_size": 378,  # pixels a side of what the ViT sees at a time
         "patch_size": 14,
-        "tile_from": 512,  # a picture whose longer side is under this many pixels is seen whole, without tiles
+        "tile_from": 512,  # pixels of its longer side, from which a picture is seen in tiles as well; None: never
         "hidden_size": 1152,
         "intermediate_size": 4304,
         "num_hidden_layers": 27,
@@ -714,10 +715,18 @@ class MoondreamConfig(ReleaseConfig):
     """Moondream2 of 2024-08-26: the defaults are the released model."""
 
     sub_configs = {"text_config": MoondreamTextConfig, "vision_config": MoondreamVisionConfig}
+    can_leave_out_tiles = True
 
     def __init__(self, text_config=None, vision_config=None, region_features=256, **kwargs):
         self.region_features = region_features
         super().__init__(text_config, vision_config, **kwargs)
+
+    @property
+    def has_tiles(self):
+        return self.vision_config.tile_from is not None
+
+    def leave_out_tiles(self):
+        self.vision_config.tile_from = None
 
     def prompt_ids(self, questions, tokenizer):
         return token_ids([prompt_text(question) for question in questions], tokenizer)
@@ -744,7 +753,7 @@ def answer_text(answer):
 
 def preprocessed_size(width, height, image_size=378, tile_from=512):
     """The (height, width) that a picture of `width` x `height` pixels is resized to: one tile, two or four."""
-    if max(width, height) < tile_from:
+    if tile_from is None or max(width, height) < tile_from:
         return image_size, image_size
     one, two = image_size, 2 * image_size
     # The second term crosses height and width. The release was trained so; min() keeps its order at ties.
@@ -890,6 +899,7 @@ class TextBlock(nn.Module):
 class TextModel(Phi):
     """The release's names for the parts of a Phi."""
 
+    _no_split_modules = ["TextBlock"]
     adapter_targets = ("Wqkv", "out_proj", "fc1", "fc2")
 
     def __init__(self, config):
@@ -948,6 +958,7 @@ class Moondream(Release):
 
     config_class = MoondreamConfig
     text_name = "text_model"
+    _no_split_modules = ["TextBlock", "VisionBlock"]
 
     def __init__(self, config):
         super().__init__(config)
@@ -1272,13 +1283,19 @@ class WordEmbeddings(nn.Module):
         return self.text_model[0].wte
 
     def forward(self, ids):
-        return F.embedding(ids, self.weight)
+        if not self.weight.is_meta:
+            return F.embedding(ids, self.weight)
+        from accelerate.utils import align_module_device  # which has offloaded it
+
+        with align_module_device(self.text_model[0]):
+            return F.embedding(ids, self.weight)
 
 
 class HfTextModel(Phi):
     """The release's names for the parts of a Phi."""
 
     config_class = HfMoondreamTextConfig
+    _no_split_modules = ["HfTextBlock"]
     adapter_targets = ("qkv", "proj", "fc1", "fc2")
 
     def __init__(self, config):
@@ -1330,6 +1347,7 @@ class HfMoondream(Release):
 
     config_class = HfMoondreamConfig
     text_name = "model.text"
+    _no_split_modules = ["HfTextBlock", "HfVisionBlock"]
 
     def __init__(self, config):
         super().__init__(config)

@@ -217,6 +217,11 @@ def open_picture(path, use, key=None, draft=None):
         raise PictureError(first_line(error)) from error
     if key not in (None, hashlib.sha256(content).hexdigest()):
         raise PictureError("the file has changed since it was first looked at")
+    return open_content(content, use, draft)
+
+
+def open_content(content, use, draft=None):
+    """What `open_picture` gives, of a file's bytes; raises as it does."""
     try:
         image, is_cut = decode(content, draft)
         return use(image), is_cut

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune_moondream as script
@@ -28,6 +31,8 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_moondream2"
 TINY_2025 = ROOT / "tests" / "tiny_moondream2_2025"
 both_releases = pytest.mark.parametrize("small_model", [TINY, TINY_2025], ids=["2024", "2025"])
+CHROMIUM_OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage
+    --disable-background-networking --disable-component-update --disable-sync"""
 
 
 def pytest_configure(config):
@@ -201,3 +206,19 @@ def run_python(code, cwd, **environment):
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """Headless Chromium, which logs what it asks for and what goes wrong on a page."""
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        (pytest.fail if "CI" in os.environ else pytest.skip)("chromium and chromium-driver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for option in (*CHROMIUM_OPTIONS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    made = webdriver.Chrome(options, Service(chromedriver))
+    yield made
+    made.quit()

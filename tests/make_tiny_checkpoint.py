@@ -100,10 +100,10 @@ def facts(scene):
     return {fact: values.index(held[fact]) for fact, values in VALUES.items()}
 
 
-def train_tokenizer(texts, special, splits_words):
-    """A byte-level BPE of these texts, as the releases'; `splits_words` False makes tokens of several words as well."""
+def train_tokenizer(texts, special):
+    """A byte-level BPE of these texts, as the releases'."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits_words)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bytes_, size = pre_tokenizers.ByteLevel.alphabet(), TEXT["vocab_size"]
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=bytes_, show_progress=False)
@@ -115,7 +115,7 @@ def make_2024():
     """The tokenizer and an untrained model of 2024-08-26."""
     texts = [f"{prompt_text(text)} {text}" for block in BLOCKS for line in block for text in line]
     ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
-    bpe = train_tokenizer(texts, [END], splits_words=True)
+    bpe = train_tokenizer(texts, [END])
     tokenizer = CodeGenTokenizer(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **ends)
     return tokenizer, Moondream(MoondreamConfig(text_config=TEXT, vision_config=VISION, region_features=16))
 
@@ -124,7 +124,7 @@ def make_2025():
     """The tokenizer and an untrained model of 2025-06-21, its special tokens where the release has them."""
     texts = [text for block in BLOCKS for line in block for text in line]
     special = [AddedToken(token, special=True) for token in (END, *(f"<|md_reserved_{i}|>" for i in range(20)))]
-    bpe = train_tokenizer([*texts, *["query", "describe", "short", "normal", "long"] * 3], special, splits_words=False)
+    bpe = train_tokenizer([*texts, *["query", "describe", "short", "normal", "long"] * 3], special)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END)
     word = {text: bpe.encode(text).ids for text in ("query", "describe", "short", "normal", "long")}
     tokens = {"query": [1, *word["query"], 2]}

@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import finetune_moondream as script
-from moondream2 import cli, launch, optimizer
+from moondream2 import cli, launch, modeling_moondream2, optimizer
 from moondream2.cli import InputError
 from tests.conftest import TINY, draw_picture, write_lines
 
@@ -28,6 +28,7 @@ TABLE = {
     "VALID_FILE": ("other_valid.jsonl", lambda run: run.read[1] == Path("other_valid.jsonl")),
     "TEST_FILE": ("other_test.jsonl", lambda run: run.read[2:] == [Path("other_test.jsonl")]),
     "OUTPUT_DIR": ("other_out", lambda run: run.made >= {"other_out/model.safetensors", "other_out/report.html"}),
+    "TILES": (False, lambda run: run.saved["vision_config"]["tile_from"] is None),
     "EPOCHS": (2, lambda run: [record["epoch"] for record in run.log] == [0, 1, 2]),
     "BATCH_SIZE": (3, lambda run: len(run.steps[0].sources) == 3 * len(run.steps[0].batches) and run.judged == 4 * 3),
     "LEARNING_RATE": (1e-3, lambda run: max(step.learning_rate for step in run.steps) == 1e-3),
@@ -100,6 +101,7 @@ def run_in(folder, *flags):
         begin(patch, *flags)
     output = folder / run.constants.output_dir
     run.made, run.log = files_in(folder) - before, lines_of(output / "training_log.jsonl")
+    run.saved = json.loads((output / "config.json").read_text())
     run.answered = {answer["source"] for answer in lines_of(output / "predictions.jsonl")}
 
     with pytest.MonkeyPatch.context() as patch:
@@ -132,9 +134,7 @@ def watch(run, patch):
 
     def load_model(*release, load=script.load_model):
         model = load(*release)
-        model.text_model.transformer.h[0].ln.register_forward_hook(
-            lambda *args: vars(run).update(layers=run.layers + 1)
-        )
+        model.text_model.layers[0].ln.register_forward_hook(lambda *args: vars(run).update(layers=run.layers + 1))
         return model
 
     def train_step(engine, batches, *more, step=script.train_step):
@@ -150,9 +150,10 @@ def watch(run, patch):
         gradients = [p.grad.float().norm() for group in self.param_groups for p in group["params"]]
         run.gradients.append(math.hypot(*torch.stack(gradients).tolist()))
 
-    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
-        stand_in = SimpleNamespace(from_pretrained=getattr(script, name).from_pretrained)
-        patch.setattr(script, name, stand_in)
+    owners = {"AutoConfig": script, "AutoModelForCausalLM": script, "AutoTokenizer": modeling_moondream2}
+    for name, owner in owners.items():
+        stand_in = SimpleNamespace(from_pretrained=getattr(owner, name).from_pretrained)
+        patch.setattr(owner, name, stand_in)
         noting(stand_in, "from_pretrained", lambda model, **words: run.loaded.append((model, words)))
     noting(script, "read_lines", lambda path, *more: run.read.append(path))
     noting(script, "whole_rows", lambda examples, prefix, pictures, most: vars(run).update(judged=pictures))

@@ -12,9 +12,10 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 import finetune_moondream as script
-from moondream2 import cli
+from moondream2 import cli, loading
 from moondream2.data import parse_line
 from moondream2.export_gguf import README as README_OF_EXPORT
+from moondream2.modeling_moondream2 import HfMoondreamConfig
 from moondream2.output_dir import MARKER, NAMES
 from tests.conftest import ROOT
 
@@ -147,11 +148,12 @@ def check(words, monkeypatch):
         case ["hf", "auth", "login"]:
             pass
         case ["hf", "download", *flags]:
-            assert flags[:3] == [script.MODEL_ID, "--revision", script.REVISION]
+            known = [(script.MODEL_ID, release.commit) for release in loading.RELEASES.values()]
+            assert (flags[0], flags[2]) in [*known, HfMoondreamConfig.TOKENIZER] and flags[1] == "--revision"
         case ["llama-server", *flags]:
             files = "text-model-f16.gguf", "mmproj-f16.gguf"
             assert " ".join(["llama-server", *(flag.split("/")[-1] for flag in flags)]) in README_OF_EXPORT.format(
-                "name", *files, flags[-1]
+                "name", *files, flags[-1], "It is seen."
             )
         case _:
             pytest.fail(f"unknown command: {shlex.join(words)}")

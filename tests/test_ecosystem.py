@@ -2,6 +2,8 @@
 
 import copy
 import re
+from functools import partial
+from pathlib import Path
 
 import bitsandbytes
 import peft
@@ -13,20 +15,24 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments, pipeline
 from transformers.trainer import default_data_collator
 
-from moondream2.modeling_moondream2 import prompt_text
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, TINY_2025, both_releases
 
 PICTURES = [Image.open(ROOT / "images" / f"valid_00{number}.jpg") for number in (1, 2)]
 QUESTIONS = [
     ["What is it?", "Is there a crosswalk?", "Where is the car?"],
     ["Count the people who walk over the road.", "Which colour is the light for walkers?"],
 ]
-PROMPT = f"<image>{prompt_text(QUESTIONS[0][1])}"
-LAYERS = ["Wqkv", "out_proj", "fc1", "fc2"]
+LAYERS = {TINY: ["Wqkv", "out_proj", "fc1", "fc2"], TINY_2025: ["qkv", "proj", "fc1", "fc2"]}
 
 
-def load(**options):
-    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, **options).eval()
+@pytest.fixture
+def load(small_model):
+    """`load(...)` gives the small checkpoint as transformers loads it with these arguments."""
+    return partial(load_from, small_model)
+
+
+def load_from(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
 @pytest.fixture
@@ -36,7 +42,8 @@ def ask(tokenizer):
     def ask(model):
         embeds = model.encode_image(PICTURES)
         answers = model.answer_questions(embeds, QUESTIONS, tokenizer, max_new_tokens=20)
-        return [*answers, model.generate(embeds[:1], PROMPT, tokenizer, max_new_tokens=20)]
+        question = QUESTIONS[0][1]
+        return [*answers, model.answer_question(embeds[:1], question, tokenizer, max_new_tokens=20, do_sample=False)]
 
     return ask
 
@@ -60,16 +67,20 @@ def weight_in_8_bits(layer):
     return bitsandbytes.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
 
 
+@both_releases
 @pytest.mark.parametrize(
     ("bits", "kind", "weight_of"),
     [(4, bitsandbytes.nn.Linear4bit, weight_in_4_bits), (8, bitsandbytes.nn.Linear8bitLt, weight_in_8_bits)],
 )
-def test_bitsandbytes(tiny, ask, bits, kind, weight_of):
+def test_bitsandbytes(tiny, ask, load, bits, kind, weight_of):
     """In training mode it multiplies by the weights as they are; while answering, by ways of its own for a CPU."""
     quantized = load(quantization_config=BitsAndBytesConfig(**{f"load_in_{bits}bit": True}))
     layers = {name: layer for name, layer in quantized.named_modules() if isinstance(layer, kind)}
-    of_blocks = [name for name, _ in tiny.named_modules() if name.rpartition(".")[2] in (*LAYERS, "qkv", "proj")]
-    assert len(of_blocks) == 3 * 4 + 3 * 4 + 2 and layers.keys() >= set(of_blocks)
+    of_blocks = [name for name, layer in tiny.named_modules() if type(layer) is nn.Linear and "region" not in name]
+    assert len(of_blocks) == 3 * 4 + 3 * 4 + 2 + 1 and layers.keys() >= {*of_blocks} - {
+        "text_model.lm_head.linear",
+        "model.text.lm_head",
+    }
     dequantized = copy.deepcopy(tiny)
     for name, layer in layers.items():
         dequantized.get_submodule(name).weight.data = weight_of(layer).float()
@@ -78,6 +89,7 @@ def test_bitsandbytes(tiny, ask, bits, kind, weight_of):
     assert ask(quantized.eval()) == ask(tiny)
 
 
+@both_releases
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_torchs_dynamic_quantization(tiny, ask):
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(tiny), {nn.Linear}, dtype=torch.qint8)
@@ -85,6 +97,7 @@ def test_torchs_dynamic_quantization(tiny, ask):
     assert ask(quantized) == ask(tiny)
 
 
+@both_releases
 def test_torchao(tiny, ask):
     from torchao import quantization as torchao  # it speaks while it is imported
 
@@ -104,21 +117,34 @@ def test_torchao(tiny, ask):
 # Offloaded
 # ---------------------------------------------------------------------------------------------------------------------
 
-BLOCKS = "vision_encoder.encoder.model.visual.blocks"
+BLOCKS = {TINY: "vision_encoder.encoder.model.visual.blocks", TINY_2025: "model.vision.blocks"}
 BY_LAYER = {"vision_encoder": "disk", "text_model.transformer.embd": "cpu", "text_model.transformer.h.0": "disk"}
 BY_LAYER |= {"text_model.transformer.h.1": "cpu", "text_model.transformer.h.2": "disk"}
 BY_LAYER |= {"text_model.lm_head": "cpu", "region_model": "disk"}
+BY_LAYER_2025 = {"model.vision": "disk", "model.text.wte": "cpu", "model.text.blocks.0": "disk"}
+BY_LAYER_2025 |= {"model.text.blocks.1": "cpu", "model.text.blocks.2": "disk", "model.text.post_ln": "disk"}
+BY_LAYER_2025 |= {"model.text.lm_head": "cpu", "model.region": "disk"}
+EVERYWHERE = ["cpu", {"": "cpu"}, {"": "disk"}, "auto"]
 
 
-@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {"": "disk"}, BY_LAYER, "auto"], ids=str)
+@pytest.mark.parametrize(
+    ("small_model", "device_map"),
+    [
+        *((folder, device_map) for folder in (TINY, TINY_2025) for device_map in EVERYWHERE),
+        (TINY, BY_LAYER),
+        (TINY_2025, BY_LAYER_2025),
+    ],
+    ids=lambda value: value.name if isinstance(value, Path) else str(value)[:20],
+)
 @pytest.mark.filterwarnings("ignore:The following device_map keys")
-def test_device_map(tiny, ask, device_map, tmp_path):
+def test_device_map(tiny, ask, load, small_model, device_map, tmp_path):
     """With "auto" and room for a part of the vision encoder, the rest is on disk."""
     most = {"max_memory": {"cpu": 4_000_000}} if device_map == "auto" else {}
     model = load(device_map=device_map, offload_folder=tmp_path, **most)
     where = getattr(model, "hf_device_map", {})
     assert any(parameter.is_meta for parameter in model.parameters()) == ("disk" in where.values())
-    assert device_map != "auto" or {where[f"{BLOCKS}.0"], where[f"{BLOCKS}.2"]} == {"cpu", "disk"}
+    blocks = BLOCKS[small_model]
+    assert device_map != "auto" or {where[f"{blocks}.0"], where[f"{blocks}.2"]} == {"cpu", "disk"}
     assert ask(model) == ask(tiny)
 
 
@@ -127,10 +153,11 @@ def test_device_map(tiny, ask, device_map, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def with_adapters(**options):
+def with_adapters(folder=TINY, **options):
     torch.manual_seed(0)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=LAYERS, r=4, init_lora_weights=False, **options)
-    return peft.get_peft_model(load(), config)
+    layers = LAYERS[folder]
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=layers, r=4, init_lora_weights=False, **options)
+    return peft.get_peft_model(load_from(folder), config)
 
 
 def loss_of(model):
@@ -142,12 +169,14 @@ def loss_of(model):
     return model(input_ids=ids, image_embeds=embeds, labels=labels).loss
 
 
+@both_releases
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_every_adapter_trains(dropout):
-    """By the gradients of a model whose GELU keeps what comes out of it."""
-    model = with_adapters(lora_dropout=dropout).train()
-    adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(adapters) == 2 * (3 * 4 + 3 * 2 + 2)
+def test_every_adapter_trains(small_model, dropout):
+    """By the gradients of a model whose GELU keeps what comes out of it. Regions, which say nothing, have none."""
+    model = with_adapters(small_model, lora_dropout=dropout).train()
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad and "region" not in name}
+    of_vision = 3 * 2 if small_model == TINY else 3 * 4  # where its attention's layers have the text model's names
+    assert len(adapters) == 2 * (3 * 4 + of_vision + 2)
     gradients = []
     for keeps in (False, True):
         for module in model.modules():
@@ -176,8 +205,9 @@ def test_a_layer_that_is_computed_again_keeps_nothing_of_its_adapters():
     assert left[0] == left[1]
 
 
-def test_an_adapter_is_saved_loaded_and_merged(tiny, ask, tmp_path):
-    model = with_adapters().eval()
+@both_releases
+def test_an_adapter_is_saved_loaded_and_merged(tiny, ask, load, small_model, tmp_path):
+    model = with_adapters(small_model).eval()
     with_it, expected = ask(model), logits(model)
     assert with_it != ask(tiny)
     model.save_pretrained(tmp_path)
@@ -188,7 +218,7 @@ def test_an_adapter_is_saved_loaded_and_merged(tiny, ask, tmp_path):
     assert ask(merged) == with_it
 
 
-def test_an_adapter_for_the_releases_own_code_loads(tmp_path):
+def test_an_adapter_for_the_releases_own_code_loads(load, tmp_path):
     """Its modules have the names of the release's."""
     model = with_adapters()
     model.save_pretrained(tmp_path)

@@ -44,7 +44,7 @@ def keep_and_tell(tiny):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     return lambda pictures, store, together=iter: keep_features(
-        pictures, tiny.vision_encoder, store, accelerator, together
+        [pictures], tiny.vision_encoder, store, accelerator, together
     )
 
 
@@ -135,10 +135,11 @@ def change_pixels_version(model):
         change_pixels_version,
         lambda model: model.bfloat16(),
         lambda model: setattr(model.config.vision_config, "tile_from", 256),
+        lambda model: model.config.leave_out_tiles(),
         lambda model: setattr(model.config.vision_config, "num_attention_heads", 2),
         lambda model: setattr(model.config.vision_config, "layer_norm_eps", 1e-6),
     ],
-    ids=["weights", "preprocessing", "dtype", "tiles", "heads", "eps"],
+    ids=["weights", "preprocessing", "dtype", "tiles", "no tiles", "heads", "eps"],
 )
 def test_all_that_decides_features_is_in_the_name_of_their_store(tiny, store, monkeypatch, change):
     monkeypatch.setattr(features, "PIXELS_VERSION", PIXELS_VERSION)
@@ -483,7 +484,7 @@ def keep_twice(folder):
     pictures = [look(path) for path in sorted(folder.glob("*.png"))]
     for kept in folder / "features", None:
         store = FeatureStore(kept, model)
-        unusable, remarks = features.keep_features(pictures, model.vision_encoder, store, accelerator, iter)
+        unusable, remarks = features.keep_features([pictures], model.vision_encoder, store, accelerator, iter)
         print(json.dumps([[sorted(unusable), remarks], decoded]), flush=True)
         decoded.clear()
     accelerator.end_training()

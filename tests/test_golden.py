@@ -68,6 +68,7 @@ def test_the_default_config_is_the_release():
 @pytest.mark.parametrize("size", SIZES)
 def test_preprocessed_size(size):
     assert list(preprocessed_size(*map(int, size.split("x")))) == SIZES[size]
+    assert preprocessed_size(*map(int, size.split("x")), tile_from=None) == (378, 378)
 
 
 @pytest.mark.parametrize("size", PICTURES, ids=str)

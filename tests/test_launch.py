@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from moondream2 import launch
 from moondream2.checkpoints import Progress
 from tests.child import Children
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, TINY_2025
 from tests.launched import (
     agreeing,
     failing,
@@ -82,12 +82,12 @@ def log_of(folder):
 
 def difference(name, tensor, expected):
     """Relative. A key's bias moves no softmax: its gradient is rounding noise, which AdamW makes full steps of."""
-    if name.endswith("Wqkv.bias"):
+    if name.endswith(("Wqkv.bias", "attn.qkv.bias")):
         tensor, expected = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (tensor, expected))
     return (tensor - expected).norm() / expected.norm().clamp(min=1e-12)
 
 
-def assert_same_training(one, several, folder_one, folder_several):
+def assert_same_training(one, several, folder_one, folder_several, base=TINY):
     """Losses by step, final weights and validation of two runs, within 1e-5 relative."""
     for noted in several:
         assert len(noted["steps"]) == len(one["steps"])
@@ -98,7 +98,7 @@ def assert_same_training(one, several, folder_one, folder_several):
             assert loss == pytest.approx(expected_loss, rel=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-4)
     weights, expected = (load_file(folder / "out" / "model.safetensors") for folder in (folder_several, folder_one))
-    base = load_file(TINY / "model.safetensors")
+    base = load_file(base / "model.safetensors")
     assert weights.keys() == expected.keys() == base.keys()
     moved = 0.0
     for name, tensor in expected.items():
@@ -128,6 +128,7 @@ def reference(tmp_path_factory):
     made = {}
 
     def run(flags, step_size, **changes):
+        changes = {"model_id": TINY, **changes}
         key = (step_size, *sorted(changes.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp("one")
@@ -144,14 +145,22 @@ def reference(tmp_path_factory):
         pytest.param(3, 2, 1, {}, marks=slow),  # 3 steps of 6, then 1 for three processes
         pytest.param(2, 1, 2, {}, marks=slow),
         (2, 2, 1, {"group_by_picture": "true", "gradient_checkpointing": "true"}),
+        (2, 2, 1, {"model_id": TINY_2025}),
         (2, 2, 1, {"lora_rank": 4, "learning_rate": 1e-3, "epochs": 1}),
     ],
-    ids=["two", "three", "two that accumulate", "two, grouped and checkpointed", "two, of adapters"],
+    ids=[
+        "two",
+        "three",
+        "two that accumulate",
+        "two, grouped and checkpointed",
+        "two, of 2025-06-21",
+        "two, of adapters",
+    ],
 )
 def test_processes_train_as_one(flags, reference, tmp_path, processes, batch_size, accum, changes):
     folder, one = reference(flags, processes * batch_size * accum, **changes)
     several = trained(processes, flags, tmp_path, batch_size=batch_size, grad_accum_steps=accum, **changes)
-    assert_same_training(one, several, folder, tmp_path)
+    assert_same_training(one, several, folder, tmp_path, changes.get("model_id", TINY))
     assert sum(each["encoded"] for each in several) == one["encoded"] == 11
     assert answers_of(tmp_path) == answers_of(folder)
 
@@ -329,15 +338,19 @@ def test_stopped_it_goes_on_in_another_number_of_processes(flags, whole, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, pytest.param({"lora_rank": 4, "learning_rate": 1e-3, "epochs": 1}, marks=slow)],
-    ids=["every weight", "adapters"],
+    ("model", "changes"),
+    [
+        (TINY, {}),
+        pytest.param(TINY_2025, {}, marks=slow),
+        pytest.param(TINY, {"lora_rank": 4, "learning_rate": 1e-3, "epochs": 1}, marks=slow),
+    ],
+    ids=["2024", "2025", "adapters"],
 )
-def test_sharded_it_trains_as_one(flags, reference, tmp_path, changes):
-    folder, one = reference(flags, 4, **changes)
-    several = trained(2, flags, tmp_path, sharded, **changes)
+def test_sharded_it_trains_as_one(flags, reference, tmp_path, model, changes):
+    folder, one = reference(flags, 4, model_id=model, **changes)
+    several = trained(2, flags, tmp_path, sharded, model_id=model, **changes)
     assert all(noted["sharded"] for noted in several) and not one["sharded"]
-    assert_same_training(one, several, folder, tmp_path)
+    assert_same_training(one, several, folder, tmp_path, model)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert saved.get_input_embeddings().weight.isfinite().all()
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import runpy
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +15,6 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -30,8 +27,6 @@ from moondream2.modeling_moondream2 import Answer
 from moondream2.report import facts, headline, machine, predictions, result_warnings, scores_of, write_report
 
 EVIL = "</script><script>window.evil = 1</script>\"'><img src=nothing onerror='window.evil = 1'>{{ 7 * 7 }}"
-CHROMIUM_OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage
-    --disable-background-networking --disable-component-update --disable-sync"""
 
 
 def prediction(file, number, question, answer, before, after):
@@ -124,21 +119,6 @@ def answers(tmp_path):
         prediction(gone, 3, "Is it safe to cross?", "Yes.", before="Yes.", after="Yes."),
         prediction(broken, 4, "Is it raining?", "No.", before="Maybe.", after=""),
     ]
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and chromedriver):
-        (pytest.fail if "CI" in os.environ else pytest.skip)("chromium and chromium-driver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for option in (*CHROMIUM_OPTIONS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    made = webdriver.Chrome(options, Service(chromedriver))
-    yield made
-    made.quit()
 
 
 @pytest.fixture

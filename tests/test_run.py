@@ -21,7 +21,17 @@ from moondream2.pictures import MAX_PNG_TEXT
 from moondream2.rows import whole_rows
 from moondream2.scoring import baseline_accuracy, is_correct
 from moondream2.verdict import sentences, sureness
-from tests.conftest import ROOT, TINY, dataset, layer_out, run_python, start_script, write_lines
+from tests.conftest import (
+    ROOT,
+    TINY,
+    TINY_2025,
+    dataset,
+    layer_out,
+    run_python,
+    small_tokenizer,
+    start_script,
+    write_lines,
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +116,37 @@ def test_it_learns_to_see_and_not_only_words(sample, tokenizer):
     others = [dict(zip(keys, draw.sample(list(valid.pictures.values()), len(keys)), strict=True)) for _ in range(6)]
     assert sum(map(accuracy_with, others)) / len(others) < baseline + 0.05
     assert accuracy_with(valid.pictures) == pytest.approx(accuracy, abs=0.02)
+
+
+@pytest.mark.slow
+def test_a_model_of_2025_06_21_learns_it_too(run_main, tmp_path, monkeypatch, capsys):
+    """In fewer and larger steps than the README's first command takes; answers to other pictures are worth nothing."""
+    monkeypatch.chdir(ROOT)
+    flags = {"model_id": TINY_2025, "test_file": "tests/test.jsonl", "learning_rate": 3e-4, "epochs": 3}
+    run_main(**flags, output_dir=tmp_path, features_dir=tmp_path / "features")
+    tokenizer = small_tokenizer(TINY_2025)
+    train, valid = dataset(ROOT / "train.jsonl", tokenizer), dataset(ROOT / "valid.jsonl", tokenizer)
+    baseline = baseline_accuracy(train.examples, valid.examples)
+    first, *records = history(tmp_path)
+    best = min(records, key=lambda record: record["valid_loss"])
+    for name in ("valid_accuracy", "test_accuracy"):
+        assert best[name] > max(baseline, first[name]) + 0.20
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    answers = {}
+    for turn in (0, 7):
+        pictures = dict(
+            zip(valid.pictures, [*valid.pictures.values()][turn:] + [*valid.pictures.values()][:turn], strict=True)
+        )
+        lay = layer_out(model, tokenizer, valid, folder=tmp_path / "features")
+        rows = whole_rows(valid.examples, model.config.prefix_tokens, 32, model.config.max_text_tokens)
+        asked = {example.key for example in valid}
+        answers[turn] = evaluate(model, tokenizer, (lay(batch, pictures=pictures) for batch in rows), asked)[1]
+    assert accuracy_of(valid, answers[0]) == pytest.approx(best["valid_accuracy"], abs=0.02)
+    assert accuracy_of(valid, answers[7]) < baseline + 0.15
+    out = capsys.readouterr().out
+    assert "Validation: Training raised accuracy by" in out and "Test: Training raised accuracy by" in out
+    page = (tmp_path / "report.html").read_text()
+    assert f"{best['valid_accuracy']:.1%}" in page and "images/valid_001.jpg" in page
 
 
 def test_predictions_are_the_kept_epochs(sample):
@@ -224,6 +265,7 @@ def test_questions_without_an_answer_are_answered_and_not_scored(run_ask, data, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([], "give a picture and at least one question, a .jsonl file alone, or --serve"),
         (["images/valid_001.jpg"], "give a picture and at least one question"),
         (["valid.jsonl", "Why?"], "give a picture and at least one question"),
         (["images/valid_001.jpg", "Why?", "--against", TINY], "--against compares two models on a .jsonl file"),

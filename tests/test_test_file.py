@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
-from moondream2 import launch, log
+from moondream2 import features, launch, log
 from moondream2.card import figures_of_test
 from moondream2.checkpoints import Interrupted, Progress
 from moondream2.cli import InputError
@@ -141,11 +141,34 @@ def test_the_line_of_it(capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_it_changes_nothing_of_a_run(flags, run_main, tmp_path):
-    """Its pictures' features lie there already, so that the encoder sees the others in the same chunks."""
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many pictures went through the vision encoder, call by call."""
+    load, calls = script.load_model, []
+
+    def load_model(*release):
+        model = load(*release)
+        model.vision_encoder.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+        return model
+
+    monkeypatch.setattr(script, "load_model", load_model)
+    return calls
+
+
+def test_it_changes_nothing_of_a_run(flags, run_main, monkeypatch, encoded, tmp_path):
+    """Nor of the features, whose last bits can hang on which pictures are encoded together; it shares one with each."""
+    shared = [{"image_path": name, "question": "Where?", "answer": "Here."} for name in ("3.png", "9.png")]
+    write_lines(flags["test_file"], [*lines_of(flags["test_file"]), *shared])
+    monkeypatch.setattr(features, "CHUNK", 5)
+    with_it, without, others = flags["output_dir"], tmp_path / "without", tmp_path / "others"
     run_main(**flags)
-    run_main(**{**flags, "test_file": "none", "output_dir": tmp_path / "without"})
-    with_it, without = flags["output_dir"], tmp_path / "without"
+    assert encoded == [5, 3, 3, 2]  # of 8 pictures, of 3 and of its own
+    encoded.clear()
+    run_main(**{**flags, "test_file": "none", "output_dir": without, "features_dir": others})
+    assert encoded == [5, 3, 3]
+    stored = list(others.rglob("*.safetensors"))
+    assert len(stored) == 11
+    assert all(file.read_bytes() == (flags["features_dir"] / file.relative_to(others)).read_bytes() for file in stored)
     assert (with_it / "model.safetensors").read_bytes() == (without / "model.safetensors").read_bytes()
     assert lines_of(with_it / "predictions.jsonl") == lines_of(without / "predictions.jsonl")
     names = ("epoch", "train_loss", "valid_loss", "valid_accuracy")
