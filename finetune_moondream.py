@@ -175,8 +175,9 @@ def load_tokenizer(model_id, revision):
 def load_model(model_id, revision, config=None, dtype=torch.bfloat16):
     """Moondream2, its vision encoder frozen; with another configuration than its own where one is given."""
     with checked_loading(model_id, revision) as loaded:
-        how = {"revision": revision, "config": config, "dtype": dtype, "trust_remote_code": False}
-        model, loaded.info = AutoModelForCausalLM.from_pretrained(model_id, **how, output_loading_info=True)
+        model, loaded.info = AutoModelForCausalLM.from_pretrained(
+            model_id, revision=revision, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
     model.vision_encoder.requires_grad_(False)
     return model
 
@@ -394,11 +395,11 @@ def finish(constants, progress, checkpoints, output, merged, model, tokenizer, t
         output.remove("test_predictions.jsonl")  # of a run that this one replaces
     log.verdict(sets)
     write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, sets, device, test))
-    best, card = checkpoints.best_weights(), model_card(constants, progress, train, valid, test)
+    card = model_card(constants, progress, train, valid, test)
     with output.new_model() as folder:
-        save(model, tokenizer, merged or best, card, folder)
+        save(model, tokenizer, merged or checkpoints.best_weights(), card, folder)
         if merged:
-            adapters.save(folder / adapters.FOLDER, model, best, constants)
+            adapters.save(folder / adapters.FOLDER, model, checkpoints.best_weights(), constants)
     checkpoints.discard()
     print(f"Saved to {output.path}, with report.html to look at. To ask it:\n\n{how_to_ask(output.path, valid)}")
 
@@ -428,9 +429,8 @@ def prepare(constants, accelerator, checkpoints, stop):
     pictures = encode(datasets, model.vision_encoder, store, accelerator, stop)
 
     order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
-    sampler = StepSampler(
-        datasets[0], config.prefix_tokens, *order, accelerator.process_index, accelerator.num_processes
-    )
+    process = accelerator.process_index, accelerator.num_processes
+    sampler = StepSampler(datasets[0], config.prefix_tokens, *order, *process)
     log.step_size(sampler, constants.batch_size)
     engine = build_engine(model, accelerator, sampler.steps, constants)
     checkpoints.watch(*engine)
@@ -466,16 +466,17 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
             if accelerator.is_main_process:
                 output.write_lines("training_log.jsonl", progress.history)
             accelerator.log(log.scores_of_epoch(record), progress.total_steps)
-    is_to_test, merged = tests and progress.best_epoch and not progress.is_tested, None
-    if is_to_test or (constants.lora_rank and progress.best_epoch):
+    merged, is_to_test = None, tests and not progress.is_tested
+    if progress.best_epoch and (constants.lora_rank or is_to_test):
         checkpoints.load_best()
-    if constants.lora_rank and progress.best_epoch:
-        merged = adapters.merge(run.model, *run.engine[:2])  # the text model's weights
-        log.merged(judge(run, valid, "Validating, adapters merged", ())[0], progress)
-    if is_to_test:
-        take_test(run, train, *tests)
-        from_main(accelerator, checkpoints.save_test, progress)
-    from_main(accelerator, finish, constants, progress, checkpoints, output, merged, *run[1:3], *run.datasets)
+        if constants.lora_rank:
+            merged = adapters.merge(run.model, *run.engine[:2])  # the text model's weights
+            log.merged(judge(run, valid, "Validating, adapters merged", ())[0], progress)
+        if is_to_test:
+            take_test(run, train, *tests)
+            from_main(accelerator, checkpoints.save_test, progress)
+    saved = merged, run.model, run.tokenizer, *run.datasets
+    from_main(accelerator, finish, constants, progress, checkpoints, output, *saved)
 
 
 def main():

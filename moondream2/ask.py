@@ -28,6 +28,7 @@ from moondream2.evaluation import evaluate
 from moondream2.features import FeatureStore, chunks_with, encode_pictures
 from moondream2.files import write_text
 from moondream2.loading import checked_loading
+from moondream2.machine import set_up_torch
 from moondream2.pictures import KnownPictures, PictureError, examine, find_pictures, look, read_ahead, set_up_pillow
 from moondream2.report import facts, machine, means_of, predictions, write_report
 from moondream2.rows import lay_out, whole_rows
@@ -40,6 +41,7 @@ def load(folder):
     """A saved model in bfloat16, and its tokenizer."""
     if not Path(folder).is_dir():
         raise InputError(f"there is no folder {folder}: give that of a saved model, a run's OUTPUT_DIR")
+    set_up_torch()
     with checked_loading(folder, None) as loaded:
         model, loaded.info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, trust_remote_code=False, output_loading_info=True

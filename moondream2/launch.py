@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 
 from moondream2.cli import InputError
-from moondream2.machine import training_dtype, what_it_runs_on
+from moondream2.machine import set_up_torch, training_dtype, what_it_runs_on
 
 TRACKED = "finetune_moondream"  # a tracker's project, and the folder that tensorboard fills in OUTPUT_DIR
 TIMEOUT = timedelta(minutes=10)  # after which a process that does not answer counts as dead
@@ -41,6 +41,7 @@ def start(tracker=None, folder=None, lora_rank=None):
             on, or the tracker is not installed.
     """
     refuse_missing_tracker(tracker)
+    set_up_torch()
     in_buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # which are not a second copy then
     handlers = [in_buckets, InitProcessGroupKwargs(timeout=TIMEOUT)]
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers, log_with=tracker, project_dir=folder)

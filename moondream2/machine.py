@@ -12,6 +12,15 @@ OTHERS = {"mps": "Apple's GPU (MPS)"}  # than NVIDIA's, AMD's and the CPU; no ru
 ON_CPU = "with ACCELERATE_USE_CPU=true in the environment it runs on the CPU"
 
 
+def set_up_torch():
+    """Settings for rows of many lengths, made before anything is on a card; what the user has set stays."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # or many lengths would leave many small holes
+    # cuDNN's attention, which comes first on an H100, plans anew for each length, for up to a second, and its backward
+    # pass in bfloat16 is known to give NaN.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def lacks_bfloat16(device):
     """Whether it is a card without bfloat16 of its own."""
     # Unless told otherwise torch also counts cards that only emulate it.

@@ -4,12 +4,14 @@
 original's loop: for each batch encode each example's picture, embed, all logits, cross-entropy with -100, AdamW.
 Times are of an epoch and its validation (a question in four is for validation), with this project's one-time encoding
 of the pictures spread over EPOCHS = 5. It is an hour's work on two cores; `--layers 4 --vision_layers 4` or `--tiny`
-make it minutes. `--lora_rank 16` measures a run with adapters against this project's run without, two pictures a step.
+make it minutes. `--release 2025-06-21` measures that one. `--lora_rank 16` measures a run with adapters against this
+project's run without, two pictures a step.
 """
 
 import argparse
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -29,11 +31,12 @@ from moondream2 import adapters
 from moondream2.data import Example, Line, tokenize
 from moondream2.evaluation import evaluate
 from moondream2.features import CHUNK, FeatureStore, encode_pictures, image_embeds
-from moondream2.modeling_moondream2 import Moondream, MoondreamConfig
+from moondream2.modeling_moondream2 import HfMoondream, Moondream
 from moondream2.pictures import look, pixels_of
 from moondream2.rows import lay_out, rows_of
-from tests.conftest import TINY, constants, engine_of, start_script, write_lines
+from tests.conftest import TINY, TINY_2025, constants, engine_of, start_script, write_lines
 
+SMALL = {"2024-08-26": TINY, "2025-06-21": TINY_2025}
 VALID_SHARE = 0.25  # validation questions for each training question
 # As the sample data's, some of which are seen in tiles: 1, 3, 1, 5, 1, 3, 1 and 1 passes of the vision transformer.
 SIZES = ((640, 480), (512, 768), (320, 240), (800, 600), (360, 480), (512, 768), (400, 300), (480, 360))
@@ -44,16 +47,18 @@ ANSWERS = ("The signal is red.", "Two people.", "No, a car is still coming.")
 def build(arguments):
     """The model in bfloat16, weights random but for the small checkpoint."""
     if arguments.tiny:
-        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(SMALL[arguments.release], dtype=torch.bfloat16)
     else:
         text, vision = {"num_hidden_layers": arguments.layers}, {"num_hidden_layers": arguments.vision_layers}
         with torch.device("meta"):
-            model = Moondream(MoondreamConfig(text_config=text, vision_config=vision)).to(torch.bfloat16)
+            model_class = HfMoondream if arguments.release == "2025-06-21" else Moondream
+            model = model_class(model_class.config_class(text_config=text, vision_config=vision)).to(torch.bfloat16)
         model.to_empty(device="cpu")
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
-                tensor.normal_(1.0 if ".ln.weight" in name or ".norm" in name else 0.0, 0.02, generator=generator)
+                is_norm = re.search(r"\.(ln\d?|post_ln|norm\d?)\.weight$", name)
+                tensor.normal_(1.0 if is_norm else 0.0, 0.02, generator=generator)
     model.vision_encoder.requires_grad_(False)
     return model
 
@@ -106,7 +111,8 @@ class Plain:
             start = 1 + image_embeds.shape[1] + len(example.prompt_ids)
             labels[r, start : start + len(example.answer_ids)] = torch.tensor(example.answer_ids)
             mask[r, : start + len(example.answer_ids)] = 1
-        logits = model.text_model(inputs_embeds=embeds, attention_mask=mask).logits.float()
+        prefix = model.config.prefix_tokens
+        logits = model.text_model(inputs_embeds=embeds, attention_mask=mask, prefix_tokens=prefix).logits.float()
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
     def train(self, examples):
@@ -281,7 +287,7 @@ def compare_with_adapters(arguments, model, tokenizer, questions):
 
 def measure_adapters(arguments):
     """Prints a table of the times of adapters against those of all weights."""
-    model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(TINY)
+    model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(SMALL[arguments.release])
     print("| questions a picture | pass, all weights | adapters | ratio | step, all weights | adapters | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for questions in arguments.questions_per_picture:
@@ -297,14 +303,14 @@ def peak(arguments, side):
     """Peak memory in GiB of one side's training at the defaults, in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmark", "--side", side, "--layers", str(arguments.layers)]
     command += ["--vision_layers", str(arguments.vision_layers), "--batch_size", str(arguments.memory_batch_size)]
-    command += ["--tiny"] if arguments.tiny else []
+    command += ["--release", arguments.release, *(["--tiny"] if arguments.tiny else [])]
     command += ["--gradient_checkpointing"] if arguments.gradient_checkpointing else []
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def measure_peak(arguments):
     """Two steps of one side, one question a picture, then what the process had at most."""
-    model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(TINY)
+    model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(SMALL[arguments.release])
     with tempfile.TemporaryDirectory() as folder:
         examples = Examples(Path(folder), model.config, tokenizer, arguments.batch_size, 1)
         if arguments.side == "plain":
@@ -373,6 +379,7 @@ def main():
     parser.add_argument("--layers", type=int, default=24, help="of the text model")
     parser.add_argument("--vision_layers", type=int, default=27)
     parser.add_argument("--tiny", action="store_true", help="the small checkpoint instead")
+    parser.add_argument("--release", choices=SMALL, default="2024-08-26", help="of Moondream2")
     parser.add_argument("--questions_per_picture", type=int, nargs="*", default=[1, 4, 8])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--memory_batch_size", type=int, default=2, help="for the peak memory; 0: not measured")
@@ -407,7 +414,7 @@ def main():
         )
 
     peaks = {side: peak(arguments, side) for side in ("plain", "ours") if arguments.memory_batch_size}
-    model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(TINY)
+    model, tokenizer = build(arguments), AutoTokenizer.from_pretrained(SMALL[arguments.release])
     row("questions a picture", "s a question", "tokens/s", "ratio (spread)", "GFLOP/s, of a matmul's")
     for questions in arguments.questions_per_picture:
         seconds, tokens, (rate, matmul) = compare(arguments, model, tokenizer, questions)

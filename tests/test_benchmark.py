@@ -10,8 +10,9 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.slow
-def test_the_benchmark_on_the_small_checkpoint():
-    command = [sys.executable, "-m", "tests.benchmark", "--tiny", "--rounds", "1"]
+@pytest.mark.parametrize("release", ["2024-08-26", "2025-06-21"])
+def test_the_benchmark_on_the_small_checkpoint(release):
+    command = [sys.executable, "-m", "tests.benchmark", "--tiny", "--rounds", "1", "--release", release]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])

@@ -22,8 +22,8 @@ NUMBERS = [*WHOLE_NUMBERS, *(name for name, kind in KINDS.items() if kind is flo
 TEXTS = [name for name, kind in KINDS.items() if kind in (str, str | None)]
 MAY_BE_ZERO = {"WARMUP_STEPS", "WEIGHT_DECAY", "VALID_ANSWERS", "SEED"}
 GROUPS = {
-    "What": ["MODEL_ID", "REVISION", "TRAIN_FILE", "VALID_FILE", "TEST_FILE", "OUTPUT_DIR"],
-    "How": ["EPOCHS", "BATCH_SIZE", "LEARNING_RATE"],
+    "What": ["MODEL_ID", "REVISION", "TRAIN_FILE", "VALID_FILE", "TEST_FILE", "OUTPUT_DIR", "TILES"],
+    "How": ["EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "LORA_RANK"],
     "The machine": ["GRAD_ACCUM_STEPS", "GRADIENT_CHECKPOINTING", "GROUP_BY_PICTURE", "FEATURES_DIR"],
     "The optimizer": ["LR_SCHEDULE", "WARMUP_STEPS", "WEIGHT_DECAY", "BETAS", "MAX_GRAD_NORM"],
     "Judging": ["PATIENCE", "VALID_ANSWERS", "CHECKPOINT_MINUTES", "OVERWRITE", "TRACKER", "SEED"],

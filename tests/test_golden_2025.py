@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from moondream2.modeling_moondream2 import HfMoondream, HfMoondreamConfig, HfTextModel, HfVisionEncoder, tiling
@@ -14,7 +15,7 @@ from tests.recipe import fill, fill_module, picture
 GOLDEN = Path(__file__).parent / "golden"
 FACTS = json.loads((GOLDEN / "2025-06-21.json").read_text())
 TEXT, SMALL, CROPS = FACTS["text"], FACTS["small"], FACTS["crops"]
-EMBEDDED = ["320x240", "500x100", "379x379", "640x480", "1280x720", "600x900", "1024x1000", "500x1950", "1500x500"]
+EMBEDDED = ["320x240", "640x480", "500x1950", "500x100", "379x379", "1280x720", "600x900", "1024x1000", "1500x500"]
 EMBEDDED += ["3000x400"]
 SMALL_TEXT = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
 SMALL_TEXT |= {"vocab_size": 16384}
@@ -102,9 +103,10 @@ def test_image_embeddings_of_full_size(size, golden_2025, vision_encoder):
     torch.testing.assert_close(embeds[0, ::27, ::16], golden_2025[f"vision.{size}.embeds"], atol=1e-4, rtol=0)
 
 
-def test_image_embeddings(golden_2025, small):
-    embeds = small.encode_image([pixels_of(size) for size in EMBEDDED])
-    for size, each in zip(EMBEDDED, embeds, strict=True):
+@pytest.mark.parametrize("sizes", [EMBEDDED[:3], pytest.param(EMBEDDED[3:], marks=pytest.mark.slow)], ids=len)
+def test_image_embeddings(sizes, golden_2025, small):
+    embeds = small.encode_image([pixels_of(size) for size in sizes])
+    for size, each in zip(sizes, embeds, strict=True):
         torch.testing.assert_close(each[::27, ::4], golden_2025[f"small.{size}.embeds"], atol=2e-4, rtol=0)
 
 
@@ -119,38 +121,54 @@ def prompt_of(question):
     return [1, 15381, 2, *question, 3, 3]
 
 
-@pytest.mark.parametrize("which", ["a", "b"])
-def test_logits_and_loss(which, golden_2025, text_model):
-    ids, image, labels = sequence(which)
+def hidden_and_output(model, **inputs):
+    """What goes into the last norm, and what comes out at the end."""
     hidden = []
-    hook = text_model.post_ln.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
-    with torch.no_grad():
-        out = text_model(input_ids=ids, image_embeds=image, labels=labels)
+    hook = model.post_ln.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
+    out = model(**inputs)
     hook.remove()
-    assert out.logits.shape[1] == TEXT[f"row_length_{which}"]
-    assert out.loss.item() == pytest.approx(TEXT[f"loss_{which}"], abs=1e-5)
-    expected = golden_2025[f"text.{which}.last8_logits"]
-    torch.testing.assert_close(out.logits[0, -8:, ::64], expected, atol=1e-4, rtol=0)
-    if which == "a":
-        inside = out.logits[0, [0, 365, 729], ::64]
-        torch.testing.assert_close(inside, golden_2025["text.a.logits_at_positions_0_365_729"], atol=1e-4, rtol=0)
-        before = hidden[0][0, ::64, ::16]
-        torch.testing.assert_close(before, golden_2025["text.a.hidden_before_lm_head"], atol=1e-4, rtol=0)
+    return hidden[0], out
 
 
-def test_loss_of_a_padded_batch(text_model):
+@pytest.mark.slow
+def test_logits_loss_and_gradients(golden_2025, text_model):
+    ids, image, labels = sequence("a")
+    hidden, out = hidden_and_output(text_model, input_ids=ids, image_embeds=image, labels=labels)
+    assert out.logits.shape[1] == TEXT["row_length_a"]
+    assert out.loss.item() == pytest.approx(TEXT["loss_a"], abs=1e-5)
+    for got, name in (
+        (out.logits[0, -8:, ::64], "last8_logits"),
+        (out.logits[0, [0, 365, 729], ::64], "logits_at_positions_0_365_729"),
+        (hidden[0, ::64, ::16], "hidden_before_lm_head"),
+    ):
+        torch.testing.assert_close(got, golden_2025[f"text.a.{name}"], atol=1e-4, rtol=0)
+    out.loss.backward()
+    norms = {f"model.text.{name}": p.grad.norm().item() for name, p in text_model.named_parameters()}
+    text_model.zero_grad()
+    assert norms == pytest.approx(TEXT["gradient_norms_of_loss_a"], rel=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_padded_batch(golden_2025, text_model):
     (ids_a, image_a, labels_a), (ids_b, image_b, labels_b) = map(sequence, "ab")
     missing = ids_b.shape[1] - ids_a.shape[1]
-    ids = torch.cat([torch.nn.functional.pad(ids_a, (0, missing)), ids_b])
-    labels = torch.cat([torch.nn.functional.pad(labels_a, (0, missing), value=-100), labels_b])
+    ids = torch.cat([F.pad(ids_a, (0, missing)), ids_b])
+    labels = torch.cat([F.pad(labels_a, (0, missing), value=-100), labels_b])
     mask = torch.ones(labels.shape, dtype=torch.long)
     mask[0, -missing:] = 0
-    with torch.no_grad():
-        rows = {"input_ids": ids, "image_embeds": torch.cat([image_a, image_b]), "labels": labels}
-        losses = [text_model(**rows, attention_mask=each).loss.item() for each in (mask, None)]
-    assert losses == pytest.approx([TEXT["loss_batch_ab_mean_over_answer_tokens"]] * 2, abs=1e-5)
+    images = torch.cat([image_a, image_b])
+    out = text_model(input_ids=ids, image_embeds=images, attention_mask=mask, labels=labels)
+    assert out.loss.item() == pytest.approx(TEXT["loss_batch_ab_mean_over_answer_tokens"], abs=1e-5)
+    torch.testing.assert_close(out.logits[1, -8:, ::64], golden_2025["text.b.last8_logits"], atol=1e-4, rtol=0)
+    end = TEXT["row_length_a"]
+    here = out.logits[0, end - 8 : end, ::64]
+    torch.testing.assert_close(here, golden_2025["text.a.last8_logits"], atol=1e-4, rtol=0)
+    only_b = F.cross_entropy(out.logits[1, :-1], labels[1, 1:])
+    assert only_b.item() == pytest.approx(TEXT["loss_b"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_greedy_tokens(text_model):
     with torch.device("meta"):
         config = HfMoondreamConfig(text_config={"num_hidden_layers": 2}, vision_config={"num_hidden_layers": 0})
@@ -161,6 +179,7 @@ def test_greedy_tokens(text_model):
     assert ids == [token for token, _ in TEXT["greedy_after_question_a [token, margin]"]]
 
 
+@pytest.mark.slow
 def test_greedy_tokens_of_transformers_own_generate(text_model):
     """Given embeddings, and told how many of them are the prefix; token 3 would come first nowhere in these."""
     ids, image, _ = sequence("a")
@@ -169,14 +188,6 @@ def test_greedy_tokens_of_transformers_own_generate(text_model):
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 0, "prefix_tokens": 730}
     ids = text_model.generate(inputs_embeds=embeds, attention_mask=torch.ones(1, embeds.shape[1]), **options)
     assert ids[0].tolist() == [token for token, _ in TEXT["greedy_after_question_a [token, margin]"]]
-
-
-def test_gradient_norms(text_model):
-    ids, image, labels = sequence("a")
-    text_model(input_ids=ids, image_embeds=image, labels=labels).loss.backward()
-    norms = {f"model.text.{name}": p.grad.norm().item() for name, p in text_model.named_parameters()}
-    text_model.zero_grad()
-    assert norms == pytest.approx(TEXT["gradient_norms_of_loss_a"], rel=1e-4)
 
 
 def test_a_small_model_from_picture_to_tokens_and_gradients(golden_2025, small):

@@ -1,5 +1,6 @@
 """What a run says that it runs on, under stand-ins for the machines that are not here."""
 
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoConfig
 
-from moondream2 import launch
+from moondream2 import ask, launch
 from moondream2.cli import InputError
 from moondream2.machine import what_it_runs_on
 from tests.child import Children
@@ -131,3 +132,22 @@ def test_it_is_the_first_line_and_the_main_process_says_it(tmp_path):
     assert children.wait() == [0, 0]
     assert children[0].text().startswith("Running in 2 processes, the first on the CPU, ")
     assert children[1].text() == ""
+
+
+@pytest.mark.parametrize("begin", [launch.start, lambda: ask.load(TINY)], ids=["a run", "asking"])
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_torch_is_set_up_for_rows_of_many_lengths(monkeypatch, begin, name):
+    """Unless the user has set up its allocator, by the new name or the old."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(each, "")  # so that what is set here is undone
+        monkeypatch.delenv(each)
+    if name:
+        monkeypatch.setenv(name, "backend:native")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    begin()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    set_to = {
+        each: os.environ[each] for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if each in os.environ
+    }
+    assert set_to == ({name: "backend:native"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

@@ -93,7 +93,15 @@ def test_the_hubs_own_config_is_the_release():
     with torch.device("meta"):
         model = HfMoondream(HfMoondreamConfig.from_dict(hub))
     assert sum(p.numel() for p in model.parameters()) == 1_927_237_104
-    assert model.config.tokens["query"] == [1, 15381, 2] and model.config.barred_token == 3
+    assert model.config.tokens == {
+        "query": [1, 15381, 2],
+        "answer": [3, 3],
+        "reasoning": [3, 4],
+        "short caption": [1, 32708, 2, 12492, 3],
+        "normal caption": [1, 32708, 2, 6382, 3],
+        "long caption": [1, 32708, 2, 4059, 3],
+    }
+    assert model.config.barred_token == 3
     assert model.config.release is None
 
 
@@ -266,6 +274,21 @@ def test_each_way_to_ask_hands_on_what_transformers_generate_takes(model, tokeni
     options = {"max_new_tokens": 24, **arguments}
     assert model.answer_question(embeds, question, tokenizer, **options) == expected
     assert model.batch_answer([picture((640, 480), "red")], [question], tokenizer, **options) == [expected]
+
+
+def test_transformers_generate_lets_bos_and_picture_see_each_other(model, tokenizer):
+    """By the scores of the first token, which a processor of the caller's is given."""
+    embeds, scores = model.encode_image(picture((640, 480), "red")), []
+    note = [lambda ids, given: scores.append(given.clone()) or given]
+    model.answer_question(embeds, "Why?", tokenizer, max_new_tokens=1, logits_processor=note)
+    ids = torch.tensor([[0, *prompt_of("Why?", tokenizer)]])
+    x = model.get_input_embeddings()(ids)
+    x = torch.cat([x[:, :1], embeds, x[:, 1:]], dim=1)
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    mask[: model.config.prefix_tokens, : model.config.prefix_tokens] = True
+    with torch.no_grad():
+        expected = model.text_model(inputs_embeds=x, attention_mask=mask[None, None]).logits[:, -1]
+    torch.testing.assert_close(scores[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_beams_find_an_answer_at_least_as_likely(model, tokenizer):

@@ -365,9 +365,9 @@ def test_a_saved_model_names_its_saved_code(tiny, tokenizer, tmp_path):
 def test_a_text_may_fill_what_a_picture_leaves_of_a_row(flags, run_main, monkeypatch):
     """2048 positions, less one for BOS and 81 for a picture of the small checkpoint."""
     given, read = [], script.read_data
-    monkeypatch.setattr(script, "read_data", lambda *args: (given.append(args[2]), read(*args))[1])
+    monkeypatch.setattr(script, "read_data", lambda *args: (given.append(args[1]), read(*args))[1])
     run_main(**flags)
-    assert given == [2048 - 82]
+    assert [config.max_text_tokens for config in given] == [2048 - 82]
 
 
 def test_the_log_is_there_before_the_run_has_come_to_its_end(flags, run_main, monkeypatch):
