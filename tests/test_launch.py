@@ -88,7 +88,7 @@ def difference(name, tensor, expected):
 
 
 def assert_same_training(one, several, folder_one, folder_several, base=TINY):
-    """Losses by step, final weights and validation of two runs, within 1e-5 relative."""
+    """Losses by step and validation of two runs within 1e-5 relative, final weights within 2e-5."""
     for noted in several:
         assert len(noted["steps"]) == len(one["steps"])
         for (loss, norm, tokens), (expected_loss, expected_norm, expected_tokens) in zip(
@@ -102,9 +102,9 @@ def assert_same_training(one, several, folder_one, folder_several, base=TINY):
     assert weights.keys() == expected.keys() == base.keys()
     moved = 0.0
     for name, tensor in expected.items():
-        assert difference(name, weights[name], tensor) <= 1e-5, name
+        assert difference(name, weights[name], tensor) <= 2e-5, name
         moved = max(moved, ((tensor - base[name]).norm() / tensor.norm().clamp(min=1e-6)).item())
-    assert moved > 1e-3  # a hundred times more than they may differ
+    assert moved > 1e-3  # fifty times more than they may differ
     assert_same_log(folder_several, folder_one)
 
 
@@ -323,7 +323,7 @@ def test_stopped_it_goes_on_in_another_number_of_processes(flags, whole, tmp_pat
     assert_same_log(tmp_path / "cut", whole)
     weights, expected = (load_file(folder / "out" / "model.safetensors") for folder in (tmp_path / "cut", whole))
     for name, tensor in expected.items():
-        assert difference(name, weights[name], tensor) <= 1e-5, name
+        assert difference(name, weights[name], tensor) <= 2e-5, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
