@@ -184,10 +184,8 @@ def load_model(model_id, revision, config=None, dtype=torch.bfloat16):
 
 def encode(datasets, vision_encoder, store, accelerator, stop):
     """Sends each picture through the encoder once, and leaves out what can't be decoded; returns {key: Picture}."""
-    pictures, files = {}, []
-    for each in datasets:
-        files.append([picture for key, picture in each.pictures.items() if key not in pictures])
-        pictures |= {picture.key: picture for picture in files[-1]}
+    pictures = {key: picture for each in reversed(datasets) for key, picture in each.pictures.items()}
+    files = [each.pictures for each in datasets]
     broken, remarks = keep_features(files, vision_encoder, store, accelerator, stop.together)
     for each in datasets:
         each.remarks = remarks

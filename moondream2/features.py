@@ -253,13 +253,14 @@ def keep_features(files, vision_encoder, store, accelerator, together):
     said all that it will be asked, and leaves a GPU's memory to the text model.
 
     Args:
-        files: lists of the Pictures of a data file each, distinct by key over all of them.
+        files: the {key: Picture} of each data file; a picture that stands in several is encoded with the first's.
         together: as of `encode_pictures`.
     Returns:
         {key: reason} of the pictures that can't be used, and {key: list of remarks} of those of which something is to
         be said, found now or by the run that stored them; both the same in all processes.
     """
-    pictures, show = list(chain(*files)), accelerator.is_main_process
+    files, show = distinct(files), accelerator.is_main_process
+    pictures = list(chain(*files))
     for folder, size in store.others() if show else ():
         print(f"{folder} ({size / 1e9:,.3f} GB) is of another model or version: delete it if nothing else needs it")
     missing = [picture for picture in pictures if picture.key not in store]
@@ -285,6 +286,15 @@ def keep_features(files, vision_encoder, store, accelerator, together):
         vision_encoder.to("cpu")
     stored = {picture.key: said for picture in pictures if (said := store.remarks(picture.key))}
     return unusable | dict(gather(list(found.items()))), stored | dict(gather(list(remarks.items())))
+
+
+def distinct(files):
+    """Lists of the files' pictures, {key: Picture}, each without those of the files before it."""
+    seen, lists = set(), []
+    for pictures in files:
+        lists.append([picture for key, picture in pictures.items() if key not in seen])
+        seen |= pictures.keys()
+    return lists
 
 
 def chunks_with(missing, files):

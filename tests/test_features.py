@@ -44,7 +44,7 @@ def keep_and_tell(tiny):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     return lambda pictures, store, together=iter: keep_features(
-        [pictures], tiny.vision_encoder, store, accelerator, together
+        [{picture.key: picture for picture in pictures}], tiny.vision_encoder, store, accelerator, together
     )
 
 
@@ -482,6 +482,7 @@ def keep_twice(folder):
     features.examine = lambda picture, use: (decoded.append(picture.path.name), load(picture, use))[1]
     model, accelerator = AutoModelForCausalLM.from_pretrained(TINY), Accelerator(cpu=True)
     pictures = [look(path) for path in sorted(folder.glob("*.png"))]
+    pictures = {picture.key: picture for picture in pictures}
     for kept in folder / "features", None:
         store = FeatureStore(kept, model)
         unusable, remarks = features.keep_features([pictures], model.vision_encoder, store, accelerator, iter)

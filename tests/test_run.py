@@ -139,7 +139,8 @@ def test_it_learns_to_see_and_not_only_words(sample, tokenizer):
 def test_a_model_of_2025_06_21_learns_it_too(run_main, tmp_path, monkeypatch, capsys):
     """In fewer and larger steps than the README's first command takes; answers to other pictures are worth nothing."""
     monkeypatch.chdir(ROOT)
-    flags = {"model_id": TINY_2025, "test_file": "tests/test.jsonl", "learning_rate": 3e-4, "epochs": 3}
+    flags = {"model_id": TINY_2025, "test_file": "tests/test.jsonl"}
+    flags |= {"learning_rate": 3e-4, "epochs": 3, "batch_size": 8}
     run_main(**flags, output_dir=tmp_path, features_dir=tmp_path / "features")
     tokenizer = small_tokenizer(TINY_2025)
     train, valid = dataset(ROOT / "train.jsonl", tokenizer), dataset(ROOT / "valid.jsonl", tokenizer)

@@ -182,7 +182,7 @@ def test_pictures_that_go_during_a_run_are_told_in_log_card_and_page(flags, run_
 
     def keep_then_remove(files, *more):
         broken = keep(files, *more)
-        files[0][0].path.unlink()
+        next(iter(files[0].values())).path.unlink()
         return broken
 
     monkeypatch.setattr(script, "keep_features", keep_then_remove)
