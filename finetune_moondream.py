@@ -33,6 +33,7 @@ from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_ne
 from moondream2.features import FeatureStore, image_embeds, keep_features
 from moondream2.launch import end, first_on_each_machine, from_main, one_speaks, own_batches, start, start_tracker
 from moondream2.loading import checked_loading, choose_views
+from moondream2.machine import row_multiple
 from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
 from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead, set_up_pillow
@@ -429,14 +430,15 @@ def prepare(constants, accelerator, checkpoints, stop):
     pictures = encode(datasets, model.vision_encoder, store, accelerator, stop)
 
     order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
-    process = accelerator.process_index, accelerator.num_processes
+    process = accelerator.process_index, accelerator.num_processes, row_multiple(accelerator.device)
     sampler = StepSampler(datasets[0], config.prefix_tokens, *order, *process)
     log.step_size(sampler, constants.batch_size)
     engine = build_engine(model, accelerator, sampler.steps, constants)
     checkpoints.watch(*engine)
     checkpoints.load()
 
-    lay = partial(lay_out, pictures=pictures, store=store, bos=tokenizer.bos_token_id, image_tokens=config.image_tokens)
+    tokens = {"bos": tokenizer.bos_token_id, "image_tokens": config.image_tokens, "multiple": sampler.multiple}
+    lay = partial(lay_out, pictures=pictures, store=store, **tokens)
     read = partial(read_batches, lay_out=lay, progress=progress, is_shown=accelerator.is_main_process)
     room = config.prefix_tokens, 4 * constants.batch_size, config.max_text_tokens
     return Run(datasets, model, tokenizer, engine, progress, stop, sampler, room, read)

@@ -42,10 +42,10 @@ class StepSampler:
     they are cut into micro-batches and shared among processes; the last step of an epoch takes what is left.
     """
 
-    def __init__(self, dataset, prefix, step_size, batch_size, group_by_picture, seed, rank=0, processes=1):
+    def __init__(self, dataset, prefix, step_size, batch_size, group_by_picture, seed, rank=0, processes=1, multiple=1):
         self.dataset, self.prefix, self.step_size = dataset, prefix, step_size
         self.group_by_picture, self.seed = group_by_picture, seed
-        self.rank, self.processes = rank, processes
+        self.rank, self.processes, self.multiple = rank, processes, multiple
         # A row takes no more positions than BATCH_SIZE pictures with a question each.
         self.max_text_tokens = batch_size * (prefix + max(map(text_tokens, dataset))) - prefix
         self.accum = -(-step_size // (batch_size * processes))
@@ -115,7 +115,8 @@ class StepSampler:
         return [[]] * (parts - len(cut)) + cut
 
     def length(self, row):
-        return row_length(row, self.prefix)
+        """The positions that a row takes, padded to a multiple: they cost as much as others."""
+        return -(-row_length(row, self.prefix) // self.multiple) * self.multiple
 
     def work(self, batch):
         """The positions of a micro-batch, padding included."""
@@ -168,7 +169,7 @@ def whole_rows(examples, prefix, pictures, max_text_tokens):
     return batches
 
 
-def lay_out(rows, pictures, store, bos, image_tokens):
+def lay_out(rows, pictures, store, bos, image_tokens, multiple=1):
     """A micro-batch of rows with what the store has of their pictures; safe to call from several threads.
 
     Returns:
@@ -184,7 +185,7 @@ def lay_out(rows, pictures, store, bos, image_tokens):
             failed += [(example.source, error.reason(example.image_path)) for example in row]
     texts = [[(example.prompt_ids, example.answer_ids) for example in row] for row in readable]
     # Where nothing can be read, one position without a picture keeps this process in step with the others.
-    layout = lay_out_rows(texts, bos, image_tokens) if texts else lay_out_rows([[]], bos, 0)
+    layout = lay_out_rows(texts, bos, image_tokens, multiple) if texts else lay_out_rows([[]], bos, 0)
     return {**layout, "rows": readable, "pictures": reads, "failed": failed}
 
 
