@@ -3,6 +3,7 @@
 import random
 from bisect import bisect_left
 from collections import Counter, defaultdict
+from itertools import islice
 
 from moondream2.modeling_moondream2 import lay_out_rows, row_mask
 from moondream2.pictures import PictureError
@@ -55,9 +56,7 @@ class StepSampler:
         """The epoch's steps from `first_step` on, each a list of `accum` micro-batches, of which some may be empty."""
         order, done = self.order(number), [0] * self.processes
         for step in range(self.steps):
-            numbers = order[step * self.step_size : (step + 1) * self.step_size]
-            batches = self.cut([self.dataset[i] for i in sorted(numbers)])
-            mine = []
+            batches, mine = self.step(order, step), []
             for start in range(0, len(batches), self.processes):
                 # Who has done most so far gets what is least, here and over the epoch.
                 ranks = sorted(range(self.processes), key=done.__getitem__, reverse=True)
@@ -67,6 +66,16 @@ class StepSampler:
                         mine.append(batch)
             if step >= first_step:
                 yield mine
+
+    def step(self, order, number):
+        """The micro-batches of a step of an epoch in that order, for all processes."""
+        numbers = order[number * self.step_size : (number + 1) * self.step_size]
+        return self.cut([self.dataset[i] for i in sorted(numbers)])
+
+    def with_batch_size(self, batch_size):
+        """The same with another BATCH_SIZE, steps having as many micro-batches."""
+        order = batch_size * self.accum * self.processes, batch_size, self.group_by_picture, self.seed
+        return StepSampler(self.dataset, self.prefix, *order, self.rank, self.processes, self.multiple)
 
     def order(self, epoch):
         """The numbers of all examples, shuffled: one by one, or in groups on one picture that fit into a step."""
@@ -121,6 +130,12 @@ class StepSampler:
     def work(self, batch):
         """The positions of a micro-batch, padding included."""
         return len(batch) * max(map(self.length, batch), default=0)
+
+
+def in_steps(batches, accum):
+    """Lists of the micro-batches that make up an optimizer step each."""
+    while step := list(islice(batches, accum)):
+        yield step
 
 
 def put_together(groups, size):
