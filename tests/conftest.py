@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -26,6 +27,7 @@ from moondream2.features import FeatureStore
 from moondream2.optimizer import build_optimizer, build_scheduler
 from moondream2.pictures import KnownPictures, find_pictures
 from moondream2.rows import lay_out
+from tests.child import leave_undrawn
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_moondream2"
@@ -38,6 +40,14 @@ CHROMIUM_OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-
 def pytest_configure(config):
     """A model of 2 million parameters is slower on all cores than on one, and tests start several processes."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def all_cores():
+    """For models of full size: what other tests run beside them leave of the cores."""
+    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+    yield
     torch.set_num_threads(1)
 
 
@@ -174,13 +184,14 @@ def engine_of(model, optimizer=None, steps=100, **changes):
 
 @pytest.fixture
 def run_main(monkeypatch):
-    """`run_main(epochs=1, ...)` runs the script's `main` in this process with these flags."""
+    """`run_main(epochs=1, ...)` runs the script's `main` in this process with these flags; charts are left undrawn."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def run(**flags):
         AcceleratorState._reset_state(reset_partial_state=True)
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         monkeypatch.setattr(sys, "argv", ["finetune_moondream.py", *words])
+        monkeypatch.setattr(Figure, "savefig", leave_undrawn)
         script.main()
 
     yield run

@@ -15,9 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import finetune_moondream as script
-from tests import launched
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -29,6 +26,9 @@ def sent():
 
 def measure():
     """In each process: the script's run, whose last epoch is timed and whose bytes are counted."""
+    import finetune_moondream as script  # here, as whoever starts these processes does without
+    from tests import launched
+
     train_epoch, finish, result = script.train_epoch, script.finish, {}
 
     def timed_epoch(engine, steps, encoder, progress, *arguments):

@@ -22,7 +22,7 @@ from moondream2.evaluation import LEAST_NEW_TOKENS
 from moondream2.features import image_embeds
 from moondream2.pictures import pixels_of
 from moondream2.rows import rows_of, text_inputs
-from tests.conftest import TINY, constants, dataset, engine_of, layer_out, untimed
+from tests.conftest import TINY, both_releases, constants, dataset, engine_of, layer_out, untimed
 from tests.test_training import plain_losses
 
 RANK = 4
@@ -30,9 +30,9 @@ PARAMETERS = RANK * 3 * 16 * 192  # of four layers in three blocks, in all 16 ti
 
 
 @pytest.fixture
-def flags(data):
+def flags(data, small_model):
     return {
-        "model_id": TINY,
+        "model_id": small_model,
         "train_file": data / "train.jsonl",
         "valid_file": data / "valid.jsonl",
         "features_dir": data / "features",
@@ -228,8 +228,9 @@ def in_float32(monkeypatch):
     monkeypatch.setattr(script, "load_model", lambda *release: load(*release).float())
 
 
+@both_releases
 def test_the_merged_model_and_the_adapter_on_the_release_say_what_the_run_said(
-    flags, run_main, in_float32, test_file, tokenizer, capsys
+    flags, run_main, in_float32, test_file, small_model, tokenizer, capsys
 ):
     """In float32, where they are equal but for the order of sums: losses, logits, answers."""
     flags["test_file"] = test_file
@@ -237,7 +238,7 @@ def test_the_merged_model_and_the_adapter_on_the_release_say_what_the_run_said(
     folder, valid = flags["output_dir"], dataset(flags["valid_file"], tokenizer)
     best = min(log_of(folder)[1:], key=lambda record: record["valid_loss"])
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    release = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).float()  # as the run has loaded it
+    release = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.bfloat16).float()  # as the run has it
     apart = peft.PeftModel.from_pretrained(release, folder / "adapter").eval()
     for model in (merged, apart):
         assert loss_of(model, tokenizer, valid) == pytest.approx(best["valid_loss"], rel=1e-5)
@@ -251,7 +252,7 @@ def test_the_merged_model_and_the_adapter_on_the_release_say_what_the_run_said(
     assert "the merged weights" not in err
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (RANK, ALPHA * RANK, True)
-    assert config["base_model_name_or_path"] == str(TINY) and config["revision"] == script.REVISION
+    assert config["base_model_name_or_path"] == str(small_model) and config["revision"] == script.REVISION
 
 
 def test_what_bfloat16_rounds_away_is_warned_of(capsys):

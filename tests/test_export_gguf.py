@@ -481,20 +481,21 @@ def test_without_its_library_a_line_says_which(tmp_path, monkeypatch):
 def test_a_model_fine_tuned_without_tiles_is_served_as_it_was_scored(run_main, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
-    run_main(model_id=TINY, output_dir=out, features_dir=tmp_path / "features", tiles="false")
+    quickly = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-4, "valid_answers": 0}
+    run_main(model_id=TINY, output_dir=out, features_dir=tmp_path / "features", tiles="false", **quickly)
     monkeypatch.setattr(sys, "argv", ["export_gguf.py", str(out)])
     export_gguf.main()
     assert f"Saved to {out}/gguf, " in capsys.readouterr().out
     engine, tokenizer = Engine(out / "gguf"), AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     right, large = {"served": 0, "own": 0}, 0
-    for line in map(json.loads, (ROOT / "valid.jsonl").read_text(encoding="utf-8").splitlines()):
-        picture = ROOT / line["image_path"]
-        features = model.encode_image(Image.open(picture))
-        large += max(Image.open(picture).size) >= 512
-        own = model.answer_question(features, line["question"], tokenizer)
-        served = engine.ask([picture_part(picture.read_bytes()), text_part(line["question"])], max_tokens=64)[0]
+    for line in map(json.loads, (ROOT / "valid.jsonl").read_text(encoding="utf-8").splitlines()[::2]):
+        picture = (ROOT / line["image_path"]).read_bytes()
+        image = Image.open(io.BytesIO(picture))
+        large += max(image.size) >= 512
+        own = model.answer_question(model.encode_image(image), line["question"], tokenizer)
+        served = engine.ask([picture_part(picture), text_part(line["question"])], max_tokens=64)[0]
         assert served.strip() == own, line
         for name, answer in (("served", served), ("own", own)):
             right[name] += METRICS["correct"].score(answer, [line["answer"]])
-    assert right["served"] == right["own"] > 48 and large > 40
+    assert right["served"] == right["own"] > 24 and large > 20  # of 48

@@ -1,7 +1,6 @@
 """The model against figures of the released model's own code: shapes, pixels, embeddings, logits, losses, gradients."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -23,28 +22,14 @@ STATE_DICT = json.loads((GOLDEN / "state_dict.json").read_text())
 TEXT = json.loads((GOLDEN / "text_facts.json").read_text())
 SIZES = json.loads((GOLDEN / "preprocess_sizes.json").read_text())["image WxH -> tensor [height, width]"]
 PICTURES = [(320, 240), (500, 100), (640, 480), (1280, 720), (600, 900), (1024, 1000)]
-BATCH = [(320, 240), (640, 480)]  # of them, in one call
 BOS = 50256
 
-
-@pytest.fixture(scope="module", autouse=True)
-def all_cores():
-    """For models of full size."""
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("all_cores")
 
 
 @pytest.fixture(scope="session")
 def golden():
     return load_file(GOLDEN / "golden.safetensors")
-
-
-@pytest.fixture(scope="session")
-def vision_encoder():
-    with torch.device("meta"):
-        encoder = VisionEncoder(MoondreamConfig())
-    return fill_module(encoder.to_empty(device="cpu"), "vision_encoder").eval()
 
 
 @pytest.fixture(scope="session")
@@ -78,21 +63,20 @@ def test_pixels(size, golden):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [size for size in PICTURES if size not in BATCH], ids=str)
-def test_image_embeddings(size, golden, vision_encoder):
-    with torch.no_grad():
-        embeds = vision_encoder(picture(*size))
-    assert embeds.shape == (1, 729, 2048)
-    expected = golden[f"vision.{size[0]}x{size[1]}.embeds"]
-    torch.testing.assert_close(embeds[0, ::27, ::16], expected, atol=1e-4, rtol=0)
-
-
-@pytest.mark.slow
-def test_image_embeddings_of_a_batch_with_and_without_tiles(golden, vision_encoder):
-    with torch.no_grad():
-        embeds = vision_encoder([picture(*size) for size in BATCH])
-    expected = golden["vision.batch_of_320x240_and_640x480.embeds"]
-    torch.testing.assert_close(embeds[:, ::27, ::16], expected, atol=1e-4, rtol=0)
+def test_image_embeddings(golden):
+    """Of each way in which tiles lie; other pictures' pixels, tested above, lie in one of these."""
+    with torch.device("meta"):
+        encoder = VisionEncoder(MoondreamConfig())
+    encoder = fill_module(encoder.to_empty(device="cpu"), "vision_encoder").eval()
+    for name, pictures in {
+        "1280x720": picture(1280, 720),  # two tiles beside each other
+        "600x900": picture(600, 900),  # one above the other
+        "batch_of_320x240_and_640x480": [picture(320, 240), picture(640, 480)],  # none, and two by two
+    }.items():
+        with torch.no_grad():
+            embeds = encoder(pictures)
+        assert embeds.shape[1:] == (729, 2048)
+        assert (embeds[:, ::27, ::16] - golden[f"vision.{name}.embeds"]).abs().max() < 1e-4, name
 
 
 def sequence(model, which):
@@ -105,18 +89,22 @@ def sequence(model, which):
     return embeds, labels
 
 
-def test_logits(golden, text_model):
-    with torch.no_grad():
-        logits = text_model(inputs_embeds=sequence(text_model, "a")[0]).logits
-    torch.testing.assert_close(logits[0, -8:, ::64], golden["text.a.last8_logits"], atol=1e-4, rtol=0)
+def test_logits_loss_and_gradient_norms(golden, text_model):
+    embeds, labels = sequence(text_model, "a")
+    out = text_model(inputs_embeds=embeds, labels=labels)
+    torch.testing.assert_close(out.logits[0, -8:, ::64], golden["text.a.last8_logits"], atol=1e-4, rtol=0)
+    assert out.loss.item() == pytest.approx(TEXT["loss_a"], abs=1e-5)
+    out.loss.backward()
+    norms = {name: p.grad.norm().item() for name, p in text_model.named_parameters()}
+    text_model.zero_grad()
+    assert norms == pytest.approx(TEXT["gradient_norms_of_loss_a"], rel=1e-4)
 
 
-@pytest.mark.parametrize("which", ["a", "b"])
-def test_loss(which, text_model):
+def test_loss(text_model):
     with torch.no_grad():
-        embeds, labels = sequence(text_model, which)
+        embeds, labels = sequence(text_model, "b")
         loss = text_model(inputs_embeds=embeds, labels=labels).loss
-    assert loss.item() == pytest.approx(TEXT[f"loss_{which}"], abs=1e-5)
+    assert loss.item() == pytest.approx(TEXT["loss_b"], abs=1e-5)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -149,18 +137,3 @@ def test_greedy_tokens_of_transformers_own_generate(text_model):
     embeds = torch.cat([embeds[:, :1], image, embeds[:, 1:]], dim=1)
     ids = text_model.generate(inputs_embeds=embeds, max_new_tokens=8, do_sample=False, eos_token_id=BOS)
     assert ids[0].tolist() == [token for token, _ in TEXT["greedy_after_question_a [token, margin]"]]
-
-
-@pytest.mark.parametrize("gradient_checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_gradient_norms(text_model, gradient_checkpointing):
-    text_model.train(gradient_checkpointing)
-    text_model.gradient_checkpointing = gradient_checkpointing
-    text_model._gradient_checkpointing_func = lambda f, *args: torch.utils.checkpoint.checkpoint(
-        f, *args, use_reentrant=False
-    )
-    embeds, labels = sequence(text_model, "a")
-    text_model(inputs_embeds=embeds, labels=labels).loss.backward()
-    norms = {name: p.grad.norm().item() for name, p in text_model.named_parameters()}
-    text_model.zero_grad()
-    text_model.eval()
-    assert norms == pytest.approx(TEXT["gradient_norms_of_loss_a"], rel=1e-4)

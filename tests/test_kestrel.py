@@ -393,7 +393,7 @@ def test_the_engines_logits_and_answers_are_ours(kestrel, saved, own, tokenizer,
                 0, -1
             ]
             logits = engine.logits(tokens, pixels)
-            torch.testing.assert_close(logits, ours, atol=0.02, rtol=0)
+            torch.testing.assert_close(logits, ours, atol=0.01, rtol=0)
             logits[state.suppressed_token_ids(asked)] = float("-inf")
             answer.append(logits.argmax().item())
             tokens = [*tokens, text(answer[-1])]

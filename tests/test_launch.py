@@ -88,7 +88,7 @@ def difference(name, tensor, expected):
 
 
 def assert_same_training(one, several, folder_one, folder_several, base=TINY):
-    """Losses by step, final weights and validation of two runs, within 1e-5 relative."""
+    """Losses by step and validation of two runs within 1e-5 relative, final weights within 2e-5."""
     for noted in several:
         assert len(noted["steps"]) == len(one["steps"])
         for (loss, norm, tokens), (expected_loss, expected_norm, expected_tokens) in zip(
@@ -102,9 +102,9 @@ def assert_same_training(one, several, folder_one, folder_several, base=TINY):
     assert weights.keys() == expected.keys() == base.keys()
     moved = 0.0
     for name, tensor in expected.items():
-        assert difference(name, weights[name], tensor) <= 1e-5, name
+        assert difference(name, weights[name], tensor) <= 2e-5, name
         moved = max(moved, ((tensor - base[name]).norm() / tensor.norm().clamp(min=1e-6)).item())
-    assert moved > 1e-3  # a hundred times more than they may differ
+    assert moved > 1e-3  # fifty times more than they may differ
     assert_same_log(folder_several, folder_one)
 
 
@@ -189,9 +189,10 @@ def test_one_process_speaks_and_all_finish(flags, tmp_path):
 
 @slow
 @pytest.mark.skipif(subprocess.run(["unshare", "--net", "true"]).returncode != 0, reason="no right to a namespace")
-def test_gradients_are_sent_once_a_step():
+def test_gradients_are_sent_once_a_step(data):
     """Bytes on the wire: what a ring sends of the gradients, and 2% for everything else, accumulating or not."""
     command = [sys.executable, "-m", "tests.scaling", "--grad_accum_steps", "2", "--epochs", "1"]
+    command += ["--train_file", str(data / "train.jsonl"), "--valid_file", str(data / "valid.jsonl")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("{")]
     figures = json.loads(line)
@@ -322,7 +323,7 @@ def test_stopped_it_goes_on_in_another_number_of_processes(flags, whole, tmp_pat
     assert_same_log(tmp_path / "cut", whole)
     weights, expected = (load_file(folder / "out" / "model.safetensors") for folder in (tmp_path / "cut", whole))
     for name, tensor in expected.items():
-        assert difference(name, weights[name], tensor) <= 1e-5, name
+        assert difference(name, weights[name], tensor) <= 2e-5, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -127,9 +127,13 @@ def test_the_way_out_of_a_card_without_bfloat16_works(machine, monkeypatch, caps
     assert capsys.readouterr().out == f"Running on the CPU, 8 cores, 30.0 GiB of memory: {SLOW}\n"
 
 
+def start_and_end():
+    launch.end(launch.start())  # whoever leaves first takes the meeting place with it
+
+
 def test_it_is_the_first_line_and_the_main_process_says_it(tmp_path):
-    children = Children(2, launch.start, tmp_path)
-    assert children.wait() == [0, 0]
+    children = Children(2, start_and_end, tmp_path)
+    assert children.wait() == [0, 0], "\n".join(child.text() for child in children)
     assert children[0].text().startswith("Running in 2 processes, the first on the CPU, ")
     assert children[1].text() == ""
 

@@ -252,7 +252,7 @@ def test_the_script_writes_these_names_and_leaves_the_users(data, run_main, tmp_
     flags |= {"features_dir": data / "features", "output_dir": data / "out", "batch_size": 4}
     run_main(**flags)
     written = {path.name for path in (data / "out").iterdir()}
-    assert written == {*NAMES, LOCK, MARKER} - {"checkpoints", output_dir.MODEL}
+    assert written == {*NAMES, LOCK, MARKER} - {"checkpoints", output_dir.MODEL, "adapter"}  # which LORA_RANK makes
     (data / "out" / "notes.txt").write_text("mine")
     (data / "out" / "checkpoints").mkdir()
     (data / "out" / "checkpoints" / "epoch-best").write_text("mine")

@@ -71,8 +71,13 @@ def test_operations_are_those_that_torch_counts(tokenizer, train):
 
 def test_rates_are_of_what_was_trained_since_the_epoch_began(tiny, tokenizer, train, clock):
     """With three processes; padding and questions that fell out don't count."""
-    steps = collated(tiny, tokenizer, train, 4, 2)
-    sampler = StepSampler(train, 82, 4, 2, True, 0, 0, 3)
+    sampler, lay_out = (
+        StepSampler(train, 82, 4, 2, True, 0, 0, 3),
+        partial(layer_out(tiny, tokenizer, train), multiple=64),
+    )
+    steps = [
+        [script.collate(rows, lay_out) for rows in step] for step in StepSampler(train, 82, 4, 2, True, 0).epoch(1)
+    ]
     watched, progress = watching(tiny, sampler, processes=3), Progress({}, epoch=1, history=[{"seconds": 7.0}])
     assert watched.figures(progress) == {}
     steps[1][0]["rows"] = []

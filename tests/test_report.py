@@ -496,6 +496,8 @@ CONSTANTS = SimpleNamespace(
     valid_file="valid.jsonl",
     output_dir="crossings",
     learning_rate=3e-5,
+    lora_rank=None,
+    tiles=True,
 )
 SKIPPED = [(f"train.jsonl:{i}", f"picture not found: {i}.jpg") for i in range(5)]
 LEFT_OUT = [["valid.jsonl:7", "picture broken: 7.jpg: the file has changed"]]

@@ -1,8 +1,10 @@
 """Whole runs: the sample data with the small checkpoint, what they leave in OUTPUT_DIR, and runs that can't begin."""
 
 import json
+import os
 import random
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -36,10 +38,11 @@ from tests.conftest import (
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """OUTPUT_DIR of the README's first command, and what it printed."""
+    """OUTPUT_DIR of the README's first command with fewer and larger steps, and what it printed."""
     folder = tmp_path_factory.mktemp("sample")
     command = [sys.executable, "finetune_moondream.py", "--model_id", "tests/tiny_moondream2"]
     command += ["--test_file", "tests/test.jsonl", "--tracker", "tensorboard"]
+    command += ["--epochs", "2", "--batch_size", "8", "--learning_rate", "3e-4"]
     command += ["--output_dir", str(folder / "out"), "--features_dir", str(folder / "features")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -59,7 +62,7 @@ def test_what_it_prints(sample):
     trainable = total - sum(p.numel() for p in parameters.vision_encoder.parameters())
     assert f"Trainable parameters: {trainable:,} of {total:,}" in lines
     for epoch, record in enumerate(history(folder)[1:], start=1):
-        start = f"Epoch {epoch} of 5: Training Avg Loss: {record['train_loss']:.4f}, "
+        start = f"Epoch {epoch} of 2: Training Avg Loss: {record['train_loss']:.4f}, "
         start += f"Validation Avg Loss: {record['valid_loss']:.4f}, "
         start += f"Validation accuracy: {record['valid_accuracy']:.1%} (before training 0.0%, baseline 31.2%), "
         assert any(line.startswith(start) for line in lines)
@@ -74,7 +77,7 @@ def test_what_it_prints(sample):
 
 def test_the_log_has_an_object_an_epoch(sample):
     records = history(sample[0])
-    assert [record["epoch"] for record in records] == [0, 1, 2, 3, 4, 5]
+    assert [record["epoch"] for record in records] == [0, 1, 2]
     assert records[0]["train_loss"] is None
     best = min(records[1:], key=lambda record: record["valid_loss"])
     for record in records[1:]:
@@ -90,14 +93,28 @@ def test_the_log_has_an_object_an_epoch(sample):
             "tokens_per_second",
             "seconds_left",
         }
-        assert record["learning_rate"] == script.LEARNING_RATE and record["seconds"] > 0
+        assert record["learning_rate"] == 3e-4 and record["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme_learns_to_see():
+    """What it left: 20 points over the most frequent answers. Five shuffle seeds ended between 66.7% and 71.9%."""
+    folder = ROOT / script.OUTPUT_DIR
+    card = (folder / "README.md").read_text() if (folder / "README.md").exists() else ""
+    if "MODEL_ID = 'tests/tiny_moondream2'" not in card:
+        (pytest.fail if "CI" in os.environ else pytest.skip)("the README's first command was not run before")
+    first, *records = history(folder)
+    assert len(records) == script.EPOCHS and f"LEARNING_RATE = {script.LEARNING_RATE}" in card
+    assert first["valid_accuracy"] == first["test_accuracy"] == 0
+    best = min(records, key=lambda record: record["valid_loss"])
+    assert min(best["valid_accuracy"], best["test_accuracy"]) > 0.312 + 0.20
 
 
 def test_it_learns_to_see_and_not_only_words(sample, tokenizer):
     """20 points over the most frequent answers and over the start; with other pictures, none over the baseline.
 
-    Five shuffle seeds ended between 66.7% and 71.9%, from 0.0%, the baseline being 31.2%; permuted pictures between
-    13.5% and 34.4% over 20 permutations, 22.9% on average.
+    Five shuffle seeds ended between ?% and ?%, from 0.0%, the baseline being 31.2%; permuted pictures between
+    ?% and ?% over 20 permutations, ?% on average.
     """
     train, valid = dataset(ROOT / "train.jsonl", tokenizer), dataset(ROOT / "valid.jsonl", tokenizer)
     baseline = baseline_accuracy(train.examples, valid.examples)
@@ -186,7 +203,7 @@ def test_the_cards_lines_load_the_model_and_ask_it(sample):
     first = json.loads((ROOT / "valid.jsonl").read_text().splitlines()[0])
     assert first["question"] in code and answer
     assert model.config.model_type == "moondream1"
-    assert "| 5 |" in card and "LEARNING_RATE = 3e-05" in card and "256 examples on 64 pictures" in card
+    assert "| 2 |" in card and "LEARNING_RATE = 0.0003" in card and "256 examples on 64 pictures" in card
 
 
 def test_the_report_holds_the_run(sample):
@@ -202,8 +219,8 @@ def test_tensorboard_has_steps_and_epochs(sample):
     folder = sample[0] / "finetune_moondream"
     events = EventAccumulator(str(folder))
     events.Reload()
-    assert len(events.Scalars("train_loss")) == len(events.Scalars("grad_norm")) == 5 * 128
-    assert {event.value for event in events.Scalars("learning_rate")} == {float(torch.tensor(script.LEARNING_RATE))}
+    assert len(events.Scalars("train_loss")) == len(events.Scalars("grad_norm")) == 2 * 32
+    assert {event.value for event in events.Scalars("learning_rate")} == {float(torch.tensor(3e-4))}
     records = history(sample[0])
     losses = [event.value for event in events.Scalars("valid_loss")]
     assert losses == pytest.approx([record["valid_loss"] for record in records])
@@ -211,12 +228,14 @@ def test_tensorboard_has_steps_and_epochs(sample):
     assert accuracies == pytest.approx([record["valid_accuracy"] for record in records])
 
 
-def test_asking_from_the_shell(sample, run_ask, tmp_path):
+def test_asking_from_the_shell(sample, run_ask, monkeypatch, capsys, tmp_path):
     line = json.loads((sample[0] / "predictions.jsonl").read_text().splitlines()[0])
-    command = [sys.executable, "-m", "moondream2.ask", sample[0], line["image_path"], line["question"]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == line["after"]
-    assert done.stderr.splitlines()[-1] == f"  {sureness(line['after_probability'])} sure"
+    command = ["ask.py", str(sample[0]), str(ROOT / line["image_path"]), line["question"]]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(ask.__file__, run_name="__main__")
+    said = capsys.readouterr()
+    assert said.out.strip() == line["after"]
+    assert said.err.splitlines()[-1] == f"  {sureness(line['after_probability'])} sure"
 
     out = run_ask(sample[0], ROOT / "valid.jsonl", "--output_dir", tmp_path / "scored")
     best = min(history(sample[0])[1:], key=lambda record: record["valid_loss"])
@@ -423,18 +442,13 @@ def test_from_the_hub_its_files_are_loaded_and_none_of_its_code(data, tmp_path):
 
 
 def test_without_the_hub_it_says_what_to_do(tmp_path):
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import finetune_moondream
-from moondream2 import cli
-sys.argv = ["finetune_moondream.py", "--output_dir", "out"]
-cli.run(finetune_moondream.main)
-"""
+    """By the command itself, which ends in one line and status 1."""
     shutil.copy(ROOT / "valid.jsonl", tmp_path / "train.jsonl")
     shutil.copy(ROOT / "valid.jsonl", tmp_path / "valid.jsonl")
     (tmp_path / "images").symlink_to(ROOT / "images")
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "finetune_moondream.py"), "--output_dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("error: cannot load vikhyatk/moondream2: ")
