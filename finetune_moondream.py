@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,11 +33,13 @@ from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_ne
 from moondream2.features import FeatureStore, image_embeds, keep_features
 from moondream2.launch import end, first_on_each_machine, from_main, one_speaks, own_batches, start, start_tracker
 from moondream2.loading import checked_loading, choose_views
+from moondream2.machine import row_multiple
 from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
+from moondream2.pace import Pace
 from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead, set_up_pillow
 from moondream2.report import facts_of_run, sets_of, write_report
-from moondream2.rows import StepSampler, lay_out, text_inputs, whole_rows
+from moondream2.rows import StepSampler, in_steps, lay_out, text_inputs, whole_rows
 from moondream2.scoring import baseline_accuracy
 from moondream2.summary import format_table, remarked, summarize
 
@@ -237,6 +239,7 @@ class Run(NamedTuple):
     engine: Engine
     progress: Progress
     stop: Stop
+    pace: Pace
     sampler: StepSampler
     room: tuple[int, int, int]  # of a batch that judges, as `whole_rows` takes it
     read: Callable  # `read_batches`, filled in
@@ -255,13 +258,12 @@ class Step(NamedTuple):
         return self.tokens > 0 and math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def build_engine(model, accelerator, steps_of_epoch, constants):
+def build_engine(model, accelerator, steps, constants):
     """AdamW over the text model's parameters, its schedule, and accelerate's preparations for one or several GPUs."""
-    c = constants
-    if c.gradient_checkpointing:
+    if constants.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    optimizer = build_optimizer(model.text_model, c.learning_rate, c.weight_decay, c.betas)
-    scheduler = build_scheduler(optimizer, c.lr_schedule, c.warmup_steps, c.epochs * steps_of_epoch)
+    optimizer = build_optimizer(model.text_model, constants.learning_rate, constants.weight_decay, constants.betas)
+    scheduler = build_scheduler(optimizer, constants.lr_schedule, constants.warmup_steps, steps)
     text_model, optimizer = accelerator.prepare(model.text_model, optimizer)
     return Engine(accelerator, text_model, optimizer, scheduler)
 
@@ -356,15 +358,9 @@ def take_test(run, train, test):
     run.engine.accelerator.log(log.scores_of_test(record), run.progress.total_steps)
 
 
-def read_batches(batches, title, total, done=0, *, lay_out, progress, is_shown):
+def read_batches(batches, title, total, done=0, *, lay_out, **shown):
     """The collated micro-batches, which threads read ahead, behind a progress bar."""
-    return log.shown(read_ahead(partial(collate, lay_out=lay_out), batches), title, total, done, progress, is_shown)
-
-
-def in_steps(batches, accum):
-    """Lists of the micro-batches that make up an optimizer step each."""
-    while step := list(islice(batches, accum)):
-        yield step
+    return log.shown(read_ahead(partial(collate, lay_out=lay_out), batches), title, total, done, **shown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,17 +423,19 @@ def prepare(constants, accelerator, checkpoints, stop):
     pictures = encode(datasets, model.vision_encoder, store, accelerator, stop)
 
     order = progress.step_size, constants.batch_size, constants.group_by_picture, constants.seed
-    process = accelerator.process_index, accelerator.num_processes
+    process = accelerator.process_index, accelerator.num_processes, row_multiple(accelerator.device)
     sampler = StepSampler(datasets[0], config.prefix_tokens, *order, *process)
     log.step_size(sampler, constants.batch_size)
-    engine = build_engine(model, accelerator, sampler.steps, constants)
+    engine = build_engine(model, accelerator, constants.epochs * sampler.steps, constants)
     checkpoints.watch(*engine)
     checkpoints.load()
 
-    lay = partial(lay_out, pictures=pictures, store=store, bos=tokenizer.bos_token_id, image_tokens=config.image_tokens)
-    read = partial(read_batches, lay_out=lay, progress=progress, is_shown=accelerator.is_main_process)
+    tokens = {"bos": tokenizer.bos_token_id, "image_tokens": config.image_tokens, "multiple": sampler.multiple}
+    lay = partial(lay_out, pictures=pictures, store=store, **tokens)
+    pace = Pace(model.text_model, accelerator, sampler, constants.epochs)
+    read = partial(read_batches, lay_out=lay, progress=progress, is_shown=accelerator.is_main_process, pace=pace)
     room = config.prefix_tokens, 4 * constants.batch_size, config.max_text_tokens
-    return Run(datasets, model, tokenizer, engine, progress, stop, sampler, room, read)
+    return Run(datasets, model, tokenizer, engine, progress, stop, pace, sampler, room, read)
 
 
 def fine_tune(constants, accelerator, output, checkpoints, stop):
@@ -452,11 +450,12 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
                 title, done = f"Epoch {progress.epoch} of {constants.epochs}", progress.step * sampler.accum
                 batches = chain.from_iterable(sampler.epoch(progress.epoch, progress.step))
                 with closing(run.read(batches, title, sampler.steps * sampler.accum, done)) as batches:
-                    steps = in_steps(batches, sampler.accum)
+                    steps = run.pace.watched(in_steps(batches, sampler.accum))
                     train_epoch(run.engine, steps, run.model.vision_encoder, progress, checkpoints, stop, constants)
             loss, answers = judge(run, valid, "Validating", asked)
             record, is_best = finish_epoch(progress, loss, answers, valid, time.monotonic() - clock)
-            log.epoch(record, progress.history[0], baseline, constants.epochs)
+            record.update(run.pace.figures(progress))
+            log.epoch(record, progress.history[0], baseline, constants, run.pace)
             if record["epoch"]:
                 checkpoints.save(progress, is_best)
             elif tests:

@@ -28,7 +28,7 @@ from moondream2.evaluation import evaluate
 from moondream2.features import FeatureStore, chunks_with, encode_pictures
 from moondream2.files import write_text
 from moondream2.loading import checked_loading
-from moondream2.machine import set_up_torch
+from moondream2.machine import row_multiple, set_up_torch
 from moondream2.pictures import KnownPictures, PictureError, examine, find_pictures, look, read_ahead, set_up_pillow
 from moondream2.report import facts, machine, means_of, predictions, write_report
 from moondream2.rows import lay_out, whole_rows
@@ -104,7 +104,8 @@ def answers_of(model, tokenizer, data, batch_size, features_dir=None):
     config, store, bos = model.config, FeatureStore(features_dir, model), tokenizer.bos_token_id
     if features_dir:
         encode_once(list(data.pictures.values()), model.vision_encoder, store)
-    read = partial(lay_out, pictures=data.pictures, store=store, bos=bos, image_tokens=config.image_tokens)
+    tokens = {"bos": bos, "image_tokens": config.image_tokens, "multiple": row_multiple(model.device)}
+    read = partial(lay_out, pictures=data.pictures, store=store, **tokens)
     told = SimpleNamespace(left_out=[], tokens=0)
 
     def asked(examples):

@@ -6,10 +6,12 @@ import sys
 from tqdm import tqdm
 
 from moondream2.cli import InputError
+from moondream2.pace import in_words, larger_batch_size
 from moondream2.summary import first, format_left_out
 from moondream2.verdict import sentences
 
 TOLERANCE = 1e-3  # of a loss: by how much rounding merged weights may change it unsaid
+PACE = ("questions_per_second", "tokens_per_second", "share_of_peak", "peak_memory_gib")  # of an epoch's record
 BAD_STEPS = 3  # steps in a row without a finite gradient that end a run
 
 
@@ -38,20 +40,32 @@ def parameters(model):
 
 
 def step_size(sampler, batch_size):
-    """Prints what an optimizer step is made of."""
+    """Prints what an optimizer step is made of, and what a larger BATCH_SIZE would save."""
     parts = f"{sampler.processes} processes x BATCH_SIZE {batch_size} x {sampler.accum} micro-batches"
     print(f"An optimizer step takes {sampler.step_size} questions: {parts}; an epoch has {sampler.steps} steps")
+    if found := larger_batch_size(sampler, batch_size):
+        larger, after, before = found
+        print(
+            f"Pictures have more questions than share a step: BATCH_SIZE {larger} would take {after:,.0f} positions an "
+            f"epoch in place of {before:,.0f}, {before / after:.1f} times fewer, and time with them. Its steps are "
+            "fewer and larger: LEARNING_RATE may want to grow with it"
+        )
 
 
-def shown(batches, title, total, done, progress, is_shown):
-    """The batches, behind a progress bar that begins at `done`; says which examples fall out of them."""
+def shown(batches, title, total, done, progress, is_shown, pace=None):
+    """The batches, behind a progress bar that begins at `done`; says which examples fall out of them.
+
+    Args:
+        pace: of training, where there is one: the bar tells it.
+    """
     options = {"unit": "", "leave": False, "mininterval": 0.5, "disable": not is_shown}
     with tqdm(batches, title, total, initial=done, **options) as bar:
         for batch in bar:
             left_out(progress, batch["failed"])
             yield batch
             if progress.tokens:
-                bar.set_postfix_str(f"loss {progress.loss_sum / progress.tokens:.4f}", refresh=False)
+                told = [f"loss {progress.loss_sum / progress.tokens:.4f}", pace and pace.words(progress)]
+                bar.set_postfix_str(", ".join(filter(None, told)), refresh=False)
 
 
 def left_out(progress, failed):
@@ -97,18 +111,26 @@ def bad_step(step, batches, in_a_row, scaler=None):
 
 def scores_of_epoch(record):
     """What a tracker is told of an epoch."""
-    return {name: record[name] for name in ("valid_loss", "valid_accuracy") if record[name] is not None}
+    return {name: record[name] for name in ("valid_loss", "valid_accuracy", *PACE) if record.get(name) is not None}
 
 
-def epoch(record, first, baseline, epochs):
-    """Prints an epoch's losses and accuracy, beside that of the first record, before training, and the baseline."""
-    name = f"Epoch {record['epoch']} of {epochs}" if record["epoch"] else "Before training"
+def epoch(record, first, baseline, constants, pace):
+    """Prints an epoch's losses and accuracy, beside that of the first record, before training, and the baseline.
+
+    After the first one also which BATCH_SIZE the memory that it took leaves room for, where that is known.
+    """
+    name = f"Epoch {record['epoch']} of {constants.epochs}" if record["epoch"] else "Before training"
     parts = [f"Training Avg Loss: {decimals(record['train_loss'])}"] if record["epoch"] else []
     parts.append(f"Validation Avg Loss: {decimals(record['valid_loss'])}")
     if record["valid_accuracy"] is not None:
         start = f"before training {first['valid_accuracy']:.1%}, " if record["epoch"] else ""
         parts.append(f"Validation accuracy: {record['valid_accuracy']:.1%} ({start}baseline {baseline:.1%})")
-    print(f"{name}: {', '.join(parts)}, {record['seconds']:.0f} s", flush=True)
+    told = in_words(record)
+    print(f"{name}: {', '.join(parts)}, {record['seconds']:.0f} s{told and f' ({told})'}", flush=True)
+    if record["epoch"] == 1 and (found := pace.batch_size_that_fits(constants.batch_size)):
+        fits, need, free = found
+        more = "is the largest that surely fits" if fits == constants.batch_size else "would fit"
+        print(f"BATCH_SIZE {fits} {more} on this card: {need / 2**30:.1f} of {free / 2**30:.1f} GiB, by this epoch's")
 
 
 def test(record, first, baseline):

@@ -21,6 +21,15 @@ def set_up_torch():
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def row_multiple(device):
+    """A row's positions are padded to a multiple of this.
+
+    On a card few shapes are worth some 4% more positions: kernels are chosen, planned and compiled for each shape, and
+    want masks of aligned rows. On a CPU positions are all that costs.
+    """
+    return 64 if device.type == "cuda" else 1
+
+
 def lacks_bfloat16(device):
     """Whether it is a card without bfloat16 of its own."""
     # Unless told otherwise torch also counts cards that only emulate it.

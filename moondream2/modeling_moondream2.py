@@ -460,11 +460,12 @@ def to_answer(ids, probability, tokenizer):
     return Answer(text, probability, is_cut=ids[-1] != tokenizer.eos_token_id)
 
 
-def lay_out_rows(rows, bos, image_tokens):
+def lay_out_rows(rows, bos, image_tokens, multiple=1):
     """Rows `[BOS, image, prompt 1, answer 1, prompt 2, answer 2, ...]`: a picture, and questions blind to each other.
 
     Args:
         rows: for each picture a list of (prompt ids, answer ids); an answer may be empty.
+        multiple: `tokens` is padded to a multiple of it.
     Returns:
         a dictionary, in which `tokens` counts the image's places and positions are counted through rows x tokens:
         input_ids: (rows, tokens - image_tokens), padded with `bos`.
@@ -474,7 +475,8 @@ def lay_out_rows(rows, bos, image_tokens):
         answer_positions: (answer tokens,), the positions that predict answers' tokens: each stands before its token.
     """
     prefix = 1 + image_tokens
-    tokens = prefix + max(sum(len(prompt) + len(answer) for prompt, answer in row) for row in rows)
+    longest = prefix + max(sum(len(prompt) + len(answer) for prompt, answer in row) for row in rows)
+    tokens = math.ceil(longest / multiple) * multiple
     input_ids = torch.full((len(rows), tokens - image_tokens), bos)
     document_ids = torch.full((len(rows), tokens), -1)
     document_ids[:, :prefix] = 0

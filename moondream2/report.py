@@ -17,6 +17,7 @@ from moondream2 import charts
 from moondream2.charts import PALETTE, decimals, percent
 from moondream2.files import write_text
 from moondream2.modeling_moondream2 import Answer, upright_rgb
+from moondream2.pace import duration
 from moondream2.pictures import PictureError, open_picture
 from moondream2.scoring import METRICS, baseline_accuracy, mean
 from moondream2.summary import counted, left_out_by_reason, summarize
@@ -101,6 +102,12 @@ def machine(device: torch.device, seconds: float) -> dict:
     }
 
 
+def rates(record) -> dict:
+    """How fast an epoch trained, of its record, as the page says it."""
+    forms = {"questions_per_second": "{:,.3g}", "tokens_per_second": "{:,.0f}", "share_of_peak": "{:.0%}"}
+    return {name: form.format(record[name]) for name, form in forms.items() if name in record}
+
+
 def peak_memory():
     """The most bytes of memory that this process has held."""
     if sys.platform == "win32":
@@ -163,7 +170,7 @@ def facts_of_run(constants, progress, train, valid, sets, device, test=None) -> 
         sets=sets,
         skipped=[*train.skipped, *valid.skipped, *(test.skipped if test else [])],
         left_out=progress.left_out,
-        machine=machine(device, sum(record["seconds"] for record in progress.history)),
+        machine=machine(device, sum(record["seconds"] for record in progress.history)) | rates(progress.history[-1]),
     )
 
 
@@ -207,12 +214,6 @@ def write_report(path: Path, run: dict) -> None:
         nonce=secrets.token_urlsafe(16),
     )
     write_text(Path(path), page.encode("utf-8", "replace").decode("utf-8"))  # a path may hold half a character
-
-
-def duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def judged_set(judged):

@@ -3,6 +3,7 @@
 import random
 from bisect import bisect_left
 from collections import Counter, defaultdict
+from itertools import islice
 
 from moondream2.modeling_moondream2 import lay_out_rows, row_mask
 from moondream2.pictures import PictureError
@@ -42,10 +43,10 @@ class StepSampler:
     they are cut into micro-batches and shared among processes; the last step of an epoch takes what is left.
     """
 
-    def __init__(self, dataset, prefix, step_size, batch_size, group_by_picture, seed, rank=0, processes=1):
+    def __init__(self, dataset, prefix, step_size, batch_size, group_by_picture, seed, rank=0, processes=1, multiple=1):
         self.dataset, self.prefix, self.step_size = dataset, prefix, step_size
         self.group_by_picture, self.seed = group_by_picture, seed
-        self.rank, self.processes = rank, processes
+        self.rank, self.processes, self.multiple = rank, processes, multiple
         # A row takes no more positions than BATCH_SIZE pictures with a question each.
         self.max_text_tokens = batch_size * (prefix + max(map(text_tokens, dataset))) - prefix
         self.accum = -(-step_size // (batch_size * processes))
@@ -55,9 +56,7 @@ class StepSampler:
         """The epoch's steps from `first_step` on, each a list of `accum` micro-batches, of which some may be empty."""
         order, done = self.order(number), [0] * self.processes
         for step in range(self.steps):
-            numbers = order[step * self.step_size : (step + 1) * self.step_size]
-            batches = self.cut([self.dataset[i] for i in sorted(numbers)])
-            mine = []
+            batches, mine = self.step(order, step), []
             for start in range(0, len(batches), self.processes):
                 # Who has done most so far gets what is least, here and over the epoch.
                 ranks = sorted(range(self.processes), key=done.__getitem__, reverse=True)
@@ -67,6 +66,16 @@ class StepSampler:
                         mine.append(batch)
             if step >= first_step:
                 yield mine
+
+    def step(self, order, number):
+        """The micro-batches of a step of an epoch in that order, for all processes."""
+        numbers = order[number * self.step_size : (number + 1) * self.step_size]
+        return self.cut([self.dataset[i] for i in sorted(numbers)])
+
+    def with_batch_size(self, batch_size):
+        """The same with another BATCH_SIZE, steps having as many micro-batches."""
+        order = batch_size * self.accum * self.processes, batch_size, self.group_by_picture, self.seed
+        return StepSampler(self.dataset, self.prefix, *order, self.rank, self.processes, self.multiple)
 
     def order(self, epoch):
         """The numbers of all examples, shuffled: one by one, or in groups on one picture that fit into a step."""
@@ -115,11 +124,18 @@ class StepSampler:
         return [[]] * (parts - len(cut)) + cut
 
     def length(self, row):
-        return row_length(row, self.prefix)
+        """The positions that a row takes, padded to a multiple: they cost as much as others."""
+        return -(-row_length(row, self.prefix) // self.multiple) * self.multiple
 
     def work(self, batch):
         """The positions of a micro-batch, padding included."""
         return len(batch) * max(map(self.length, batch), default=0)
+
+
+def in_steps(batches, accum):
+    """Lists of the micro-batches that make up an optimizer step each."""
+    while step := list(islice(batches, accum)):
+        yield step
 
 
 def put_together(groups, size):
@@ -168,7 +184,7 @@ def whole_rows(examples, prefix, pictures, max_text_tokens):
     return batches
 
 
-def lay_out(rows, pictures, store, bos, image_tokens):
+def lay_out(rows, pictures, store, bos, image_tokens, multiple=1):
     """A micro-batch of rows with what the store has of their pictures; safe to call from several threads.
 
     Returns:
@@ -184,7 +200,7 @@ def lay_out(rows, pictures, store, bos, image_tokens):
             failed += [(example.source, error.reason(example.image_path)) for example in row]
     texts = [[(example.prompt_ids, example.answer_ids) for example in row] for row in readable]
     # Where nothing can be read, one position without a picture keeps this process in step with the others.
-    layout = lay_out_rows(texts, bos, image_tokens) if texts else lay_out_rows([[]], bos, 0)
+    layout = lay_out_rows(texts, bos, image_tokens, multiple) if texts else lay_out_rows([[]], bos, 0)
     return {**layout, "rows": readable, "pictures": reads, "failed": failed}
 
 

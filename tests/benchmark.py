@@ -32,6 +32,7 @@ from moondream2.data import Example, Line, tokenize
 from moondream2.evaluation import evaluate
 from moondream2.features import CHUNK, FeatureStore, encode_pictures, image_embeds
 from moondream2.modeling_moondream2 import HfMoondream, Moondream
+from moondream2.pace import operations
 from moondream2.pictures import look, pixels_of
 from moondream2.rows import lay_out, rows_of
 from tests.conftest import TINY, TINY_2025, constants, engine_of, start_script, write_lines
@@ -171,7 +172,7 @@ class Ours:
         loss = partial(script.answer_loss, self.model.text_model, batch, embeds, 1, "cpu")
         seconds, _ = timed(lambda: loss().backward(), clock)
         self.model.zero_grad()
-        return seconds, flops(self.model.config.text_config, batch)
+        return seconds, operations(self.model.config.text_config, batch)
 
 
 class Adapted(Ours):
@@ -195,20 +196,6 @@ def timed(function, clock=time.perf_counter):
     started = clock()
     result = function()
     return clock() - started, result
-
-
-def flops(config, batch):
-    """Of a forward and a backward pass over a batch's rows: twice as much back as forth, 2 for each multiply-add.
-
-    Counted is what the loss needs: attention to earlier positions, and of the last layer's MLP, its projection and
-    `lm_head` the positions that predict an answer token.
-    """
-    (rows, tokens), scored = batch["document_ids"].shape, len(batch["targets"])
-    width, inner = config.hidden_size, config.intermediate_size
-    seen = rows * tokens * (3 * width**2 + tokens * width)  # Wqkv and attention: half of two products of n x n
-    behind = width**2 + 2 * width * inner  # out_proj and the MLP
-    layers = config.num_hidden_layers
-    return 6 * (layers * seen + ((layers - 1) * rows * tokens + scored) * behind + scored * width * config.vocab_size)
 
 
 def matmul_rate(width, inner):

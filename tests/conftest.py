@@ -68,6 +68,12 @@ def tiny(small_model):
     return AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
 
 
+def untimed(record):
+    """A record of the log without what no two runs have alike."""
+    timed = {"seconds", "questions_per_second", "tokens_per_second", "seconds_left"}
+    return {name: value for name, value in record.items() if name not in timed}
+
+
 def plain_prompt(question, tokenizer):
     """The token ids between a picture and an answer, written out for the release that the tokenizer is of."""
     if tokenizer.convert_ids_to_tokens(3) == "<|md_reserved_2|>":

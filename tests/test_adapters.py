@@ -22,7 +22,7 @@ from moondream2.evaluation import LEAST_NEW_TOKENS
 from moondream2.features import image_embeds
 from moondream2.pictures import pixels_of
 from moondream2.rows import rows_of, text_inputs
-from tests.conftest import TINY, both_releases, constants, dataset, engine_of, layer_out
+from tests.conftest import TINY, both_releases, constants, dataset, engine_of, layer_out, untimed
 from tests.test_training import plain_losses
 
 RANK = 4
@@ -65,7 +65,7 @@ def trained(model):
 
 def log_of(folder):
     records = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return [untimed(record) for record in records]
 
 
 def collated(model, tokenizer, train):

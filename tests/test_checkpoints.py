@@ -27,7 +27,7 @@ from moondream2.modeling_moondream2 import Answer
 from moondream2.optimizer import build_optimizer, build_scheduler
 from moondream2.output_dir import OutputDir
 from tests.child import Child
-from tests.conftest import TINY, both_releases
+from tests.conftest import TINY, both_releases, untimed
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def flags(data, small_model):
 def log_of(folder):
     """The training log without the times."""
     records = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return [untimed(record) for record in records]
 
 
 def assert_same_result(folder, expected):

@@ -25,7 +25,8 @@ FENCED = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
 INDENTED = re.compile(r"^    (?:.*\\\n)*.+", re.M)  # a line that ends in a backslash goes on in the next
 INLINE = re.compile(r"`([^`]+)`")
 OTHERS = {"CUDA out of memory"}  # a message of torch
-ENVIRONMENT = {"ACCELERATE_USE_CPU", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "OMP_NUM_THREADS"}  # that pages name
+# That pages name.
+ENVIRONMENT = {"ACCELERATE_USE_CPU", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF"}
 OTHER_FLAGS = {"--machine_rank", "--shm-size"}  # of accelerate, and of a container's start
 RUNNABLE = re.compile(r"(\w+=\S+ )*(python|accelerate|pip|hf|llama-server) ")
 

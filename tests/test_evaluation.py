@@ -1,6 +1,7 @@
 """What a model makes of examples: the loss is the mean over answer tokens, the answers are answer_question's."""
 
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ def valid(data, tokenizer):
     return dataset(data / "valid.jsonl", tokenizer)
 
 
-def batches_of(model, tokenizer, valid, batch_size):
+def batches_of(model, tokenizer, valid, batch_size, multiple=1):
     rows = whole_rows(valid.examples, 1 + model.config.image_tokens, batch_size, 2048 - 82)
-    return map(layer_out(model, tokenizer, valid), rows)
+    return map(partial(layer_out(model, tokenizer, valid), multiple=multiple), rows)
 
 
 def test_the_loss_is_the_mean_over_answer_tokens_whatever_the_batch(tiny, tokenizer, valid):
@@ -35,9 +36,9 @@ def test_the_loss_is_the_mean_over_answer_tokens_whatever_the_batch(tiny, tokeni
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_answers_are_those_of_answer_questions(tiny, tokenizer, valid, batch_size):
-    """With their probabilities, though they come out of the pass that gave the loss."""
+@pytest.mark.parametrize(("batch_size", "multiple"), [(1, 1), (4, 1), (4, 64)])
+def test_answers_are_those_of_answer_questions(tiny, tokenizer, valid, batch_size, multiple):
+    """With their probabilities, though they come out of the pass that gave the loss, and however rows are padded."""
     expected, tiny.generation_config.max_new_tokens = {}, 20
     for example in valid.examples:
         embeds = tiny.encode_image([pixels_of(valid.pictures[example.picture], tiny.vision_encoder.preprocess)])
@@ -45,7 +46,8 @@ def test_answers_are_those_of_answer_questions(tiny, tokenizer, valid, batch_siz
         expected[example.key] = answers[0][0]
     for most in (1000, 3, 0):
         asked = draw_questions(valid, most, 0)
-        _, answers = evaluate(tiny, tokenizer, batches_of(tiny, tokenizer, valid, batch_size), asked)
+        batches = batches_of(tiny, tokenizer, valid, batch_size, multiple)
+        _, answers = evaluate(tiny, tokenizer, batches, asked)
         assert answers.keys() == asked and len(answers) == min(most, len(valid))
         for key, answer in answers.items():
             assert (answer.text, answer.is_cut) == (expected[key].text, expected[key].is_cut)

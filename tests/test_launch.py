@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from moondream2 import launch
 from moondream2.checkpoints import Progress
 from tests.child import Children
-from tests.conftest import ROOT, TINY, TINY_2025
+from tests.conftest import ROOT, TINY, TINY_2025, untimed
 from tests.launched import (
     agreeing,
     failing,
@@ -77,7 +77,7 @@ def notes(folder, processes):
 
 def log_of(folder):
     records = [json.loads(line) for line in (folder / "out" / "training_log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return [untimed(record) for record in records]
 
 
 def difference(name, tensor, expected):

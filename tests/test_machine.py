@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from moondream2 import ask, launch
 from moondream2.cli import InputError
-from moondream2.machine import what_it_runs_on
+from moondream2.machine import row_multiple, what_it_runs_on
 from tests.child import Children
 from tests.conftest import TINY
 
@@ -136,6 +136,10 @@ def test_it_is_the_first_line_and_the_main_process_says_it(tmp_path):
     assert children.wait() == [0, 0], "\n".join(child.text() for child in children)
     assert children[0].text().startswith("Running in 2 processes, the first on the CPU, ")
     assert children[1].text() == ""
+
+
+def test_rows_are_padded_on_a_card_alone():
+    assert [row_multiple(torch.device(kind)) for kind in ("cuda", "cpu", "mps")] == [64, 1, 1]
 
 
 @pytest.mark.parametrize("begin", [launch.start, lambda: ask.load(TINY)], ids=["a run", "asking"])

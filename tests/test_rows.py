@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from moondream2.rows import StepSampler, text_tokens, whole_rows
+from tests.conftest import ROOT, dataset
 
 PREFIX = 730  # BOS and a picture
 
@@ -135,6 +136,22 @@ def test_the_work_is_even():
             rows, positions = zip(*done, strict=True)
             assert max(rows) < 1.05 * min(rows), (group, processes, done)
             assert max(positions) < 1.01 * min(positions), (group, processes, done)
+
+
+@pytest.mark.parametrize("step_size", [2, 16])
+def test_padded_rows_have_few_lengths(step_size):
+    """Over an epoch of the sample data, at the prefix of the released model; what they take is what they are cut by."""
+    train = dataset(ROOT / "train.jsonl").examples
+    as_they_are, padded = (StepSampler(train, PREFIX, step_size, step_size, True, 0, 0, 1, m) for m in (1, 64))
+    shapes = [
+        {(len(batch), max(map(sampler.length, batch))) for batch in epoch(sampler)} for sampler in (as_they_are, padded)
+    ]
+    assert (len(shapes[0]), len(shapes[1])) == {2: (18, 1), 16: (9, 2)}[step_size]
+    positions = [sum(map(sampler.work, epoch(sampler))) for sampler in (as_they_are, padded)]
+    assert positions[0] < positions[1] < 1.09 * positions[0]
+    for batch in epoch(padded):
+        longest = PREFIX + max(map(tokens_of, batch))
+        assert padded.work(batch) == len(batch) * next(n for n in range(0, 9999, 64) if n >= longest)
 
 
 def uneven_data(pictures):

@@ -89,6 +89,9 @@ def test_the_log_has_an_object_an_epoch(sample):
             "learning_rate",
             "left_out",
             "seconds",
+            "questions_per_second",
+            "tokens_per_second",
+            "seconds_left",
         }
         assert record["learning_rate"] == 3e-4 and record["seconds"] > 0
 

@@ -20,7 +20,7 @@ from moondream2.cli import InputError
 from moondream2.modeling_moondream2 import Answer
 from moondream2.pictures import pixels_of
 from moondream2.scoring import baseline_accuracy
-from tests.conftest import TINY, dataset, write_lines
+from tests.conftest import TINY, dataset, untimed, write_lines
 from tests.test_wiring import judged
 
 
@@ -39,7 +39,7 @@ def results(folder):
     """What a run leaves, without the times: the log, both files of answers, and the weights."""
     log = lines_of(folder / "training_log.jsonl")
     answers = [lines_of(folder / name) for name in ("predictions.jsonl", "test_predictions.jsonl")]
-    return [[{**each, "seconds": 0} for each in log], *answers, (folder / "model.safetensors").read_bytes()]
+    return [[untimed(each) for each in log], *answers, (folder / "model.safetensors").read_bytes()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

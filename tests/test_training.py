@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from moondream2.checkpoints import Progress
 from moondream2.cli import InputError
 from moondream2.features import image_embeds
 from moondream2.pictures import pixels_of
-from moondream2.rows import StepSampler, rows_of, text_inputs
+from moondream2.rows import StepSampler, row_length, rows_of, text_inputs
 from tests.conftest import (
     both_releases,
     constants,
@@ -50,10 +51,11 @@ def plain_losses(model, tokenizer, examples, pictures):
 
 
 @both_releases
-def test_targets_are_the_answers_and_nothing_else(tiny, tokenizer, train):
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_targets_are_the_answers_and_nothing_else(tiny, tokenizer, train, multiple):
     """At each answer position the next token of its row is the target; everything else has none."""
     rows = rows_of(train.examples, 10_000)
-    batch = script.collate(rows, layer_out(tiny, tokenizer, train))
+    batch = script.collate(rows, partial(layer_out(tiny, tokenizer, train), multiple=multiple))
     assert batch["rows"] == rows and len(rows) == len(train.pictures) < len(train)
     image, tokens = tiny.config.image_tokens, batch["document_ids"].shape[1]
     seen = []
@@ -73,6 +75,8 @@ def test_targets_are_the_answers_and_nothing_else(tiny, tokenizer, train):
             places = batch["position_ids"][r][document_ids == k].tolist()
             assert places == list(range(1 + image, 1 + image + len(prompt + answer)))
     assert len(seen) == len(batch["targets"]) == sum(len(example.answer_ids) for example in train)
+    longest = max(row_length(row, 1 + image) for row in rows)
+    assert tokens % multiple == 0 and longest <= tokens < longest + multiple
 
 
 @both_releases
@@ -360,6 +364,24 @@ def test_the_loss_is_that_of_bfloat16s_own_logits_in_float32(tiny, tokenizer, tr
     loss = summed_loss(tiny, batch)
     expected = F.cross_entropy(logits[0], batch["targets"], reduction="sum")
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@both_releases
+def test_padding_changes_no_loss_and_no_gradient(tiny, tokenizer, train):
+    """Rows of a question each, which have no mask, and of several."""
+    for examples in (train.examples[:3], train.examples):
+        losses, gradients = [], []
+        for multiple in (1, 64):
+            load = partial(layer_out(tiny, tokenizer, train), multiple=multiple)
+            batch = script.collate(rows_of(examples, 10_000), load)
+            tiny.zero_grad()
+            loss = summed_loss(tiny, batch) / len(batch["targets"])
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append(torch.cat([p.grad.flatten() for p in tiny.text_model.parameters()]))
+        plain = sum(plain_losses(tiny, tokenizer, examples, train.pictures)).item() / len(batch["targets"])
+        assert losses == pytest.approx([plain, losses[0]], abs=1e-6)
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
 def test_rows_of_one_question_need_no_mask(tiny, tokenizer, train):

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
-from moondream2 import ask, features, launch
+from moondream2 import ask, evaluation, features, launch
 from moondream2.cli import InputError
 from moondream2.pictures import pixels_of
 from moondream2.scoring import is_correct
@@ -169,6 +169,25 @@ def test_a_rows_prefix_is_that_of_the_model(flags, run_main, monkeypatch):
         monkeypatch.setattr(script, name, noting(getattr(script, name)))
     run_main(**flags)
     assert prefixes == [82, 82, 82]  # an epoch, and two looks at the validation questions
+
+
+def test_on_a_card_rows_are_padded(flags, run_main, monkeypatch, data, tokenizer):
+    """Those of training, of validation and of a file that is scored."""
+    lengths = []
+    for module, place in ((script, "training"), (evaluation, "judging")):
+
+        def text_inputs(batch, device, place=place, text_inputs=module.text_inputs):
+            lengths.append((place, batch["document_ids"].shape[1] % 64))
+            return text_inputs(batch, device)
+
+        monkeypatch.setattr(module, "text_inputs", text_inputs)
+    for module in (script, ask):
+        monkeypatch.setattr(module, "row_multiple", lambda device: 64)
+    run_main(**flags)
+    assert set(lengths) == {("training", 0), ("judging", 0)}
+    lengths.clear()
+    ask.answers_of(*ask.load(flags["output_dir"]), dataset(data / "valid.jsonl", tokenizer), batch_size=4)
+    assert set(lengths) == {("judging", 0)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,49 @@
+"""The check of a card says so where there is none, and works: it is rehearsed on the CPU."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import gpu_check
+from tests.conftest import ROOT
+
+
+def test_without_a_card_it_says_so_and_ends_well(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) is None
+    assert capsys.readouterr().out == "No CUDA card here, so there is nothing to check.\n"
+
+
+@pytest.mark.parametrize("differences", [(0.01, 0.1), (0.01, 0.11, 0.02), (float("nan"),)])
+def test_a_figure_out_of_its_bounds_is_marked_and_remembered(differences, capsys):
+    table = gpu_check.Table()
+    for difference in differences:
+        table.difference("a loss", difference, 0.1)
+    bad = [not difference <= 0.1 for difference in differences]
+    assert table.is_good == (not any(bad))
+    assert ["OUT OF BOUNDS" in line for line in capsys.readouterr().out.splitlines()[2:]] == bad
+
+
+@pytest.mark.slow
+def test_it_works():
+    command = [sys.executable, "-m", "tests.gpu_check", "--rehearse"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| golden embeddings",
+        "| golden loss",
+        "| a step's loss, of the CPU's in float32",
+        "| a step's gradient, of the CPU's in float32",
+        "| pictures are encoded",
+        "| steps, as they are",
+        "| steps, rows not padded",
+        "| steps, a mask over whole rows",
+        "| steps, with cuDNN's attention",
+        "| peak by the arithmetic of docs/memory.md",
+        "| a run that is stopped and goes on: its last loss",
+        "| two processes, DDP: its last loss",
+    ]
+    assert sum(row.endswith("| ok |") for row in rows) == 6
+    assert all("questions/s" in row and "tokens/s" in row for row in rows if row.startswith("| steps"))
