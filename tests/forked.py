@@ -42,7 +42,7 @@ def in_child(folder, words, printed):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
-    sys.stdout = sys.stderr = open(printed, "w", buffering=1, encoding="utf-8", errors="replace")  # noqa: PTH123
+    sys.stdout = sys.stderr = os.fdopen(printed, "w", buffering=1, encoding="utf-8", errors="replace")
     os.chdir(folder)
     sys.path[0] = folder
     sys.argv = ["pytest", *words]

@@ -52,4 +52,4 @@ def test_pytest_runs_in_a_folder_of_its_own_and_is_ended_where_it_hangs(tmp_path
     found, printed = forked.run(str(tmp_path), [*mutations.WORDS, "test_it.py"], 3 if status is None else 100)
     assert found == status
     assert ("1 passed" in printed) == (status == 0)
-    assert (f"AssertionError: assert '{tmp_path.name}' == 'other'" in printed) == (status == 1)
+    assert ("== 'other'" in printed) == (status == 1)
