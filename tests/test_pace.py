@@ -60,7 +60,7 @@ def test_operations_are_those_that_torch_counts(tokenizer, train):
     batch = script.collate([[train[0]]], lay_out)
     embeds = image_embeds(batch["pictures"], tiny.vision_encoder, "cpu")
     with FlopCounterMode(display=False) as counter:
-        script.answer_loss(tiny.text_model, batch, embeds, 1, "cpu").backward()
+        script.answer_loss(tiny.text_model, batch, embeds, "cpu").backward()
     tokens = batch["document_ids"].shape[1]
     unneeded = 6 * config.num_hidden_layers * tokens**2 * config.hidden_size
     total = operations(config, batch)
