@@ -55,19 +55,23 @@ class AdamW(Optimizer):
         if is_known(found_inf):
             return
         for group in self.param_groups:
-            numbers = with_scale(self.next_numbers(group), scale, found_inf, group["params"][0].device)
-            constants, vectors = (*group["betas"], group["eps"]), []
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state_of(p)
-                    tensors = p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("low")
-                    tensors = [local(each) for each in tensors if each is not None]
-                    if p.dim() > 1:
-                        apply(tensors, numbers, *constants)
-                    else:
-                        vectors.append(tensors)
-            if vectors:
-                apply_together(vectors, numbers, *constants)
+            numbers, trained = self.next_numbers(group), [p for p in group["params"] if p.grad is not None]
+            if trained:
+                numbers = with_scale(numbers, scale, found_inf, trained[0].device)
+                self.apply_all(trained, numbers, *group["betas"], group["eps"])
+
+    def apply_all(self, parameters, *numbers):
+        vectors = []
+        for p in parameters:
+            state = self.state_of(p)
+            tensors = p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("low")
+            tensors = [local(each) for each in tensors if each is not None]
+            if p.dim() > 1:
+                apply(tensors, *numbers)
+            else:
+                vectors.append(tensors)
+        if vectors:
+            apply_together(vectors, *numbers)
 
     def take_back(self):
         """The last step's `found_inf` was 1, as the host knows by now: it does not count."""

@@ -312,6 +312,10 @@ def test_the_host_waits_once_a_step_behind_the_next_ones_passes_and_before_its_u
     assert events == passes + update + (passes + told + update) * 2 + told
 
 
+def multiplied(factors, *arguments):
+    return image_embeds(*arguments) * next(factors)
+
+
 @pytest.mark.parametrize("place", ["CPU", "card"])
 def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(tiny, tokenizer, train, request, place):
     """Of weights, moments, counts, decay that is owed, schedule: all bits are those of a run without it."""
@@ -322,11 +326,11 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(tiny, tokenizer, tra
     ends, rates = [], []
     for lost in (False, True):
         model = copy.deepcopy(tiny).bfloat16()
-        engine, embed = engine_of(model, **changes), image_embeds
+        engine = engine_of(model, **changes)
         factors = iter([1, math.nan, math.inf, 1, 1] if lost else [1, 1, 1])
         steps = [[batches[i]] for i in ([0, 1, 2, 1, 2] if lost else [0, 1, 2])]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(script, "image_embeds", lambda *args: embed(*args) * next(factors))
+            patch.setattr(script, "image_embeds", partial(multiplied, factors))
             done = list(script.train_steps(engine, steps, model.vision_encoder, 1.0))
         assert [step.is_applied for step in done] == ([True, False, False, True, True] if lost else [True] * 3)
         rates.append([step.learning_rate for step in done if step.is_applied])
