@@ -20,7 +20,7 @@ from moondream2 import launch as processes
 from moondream2.checkpoints import Interrupted, Progress, Stop
 from moondream2.cli import InputError
 
-NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0}
+NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0, "reductions": 0}
 
 
 def noting():
@@ -43,6 +43,21 @@ def noting():
             yield step
 
     script.load_model, script.train_steps = load, steps
+    script.backward, script.update = (counting_reductions(each) for each in (script.backward, script.update))
+
+
+def counting_reductions(function):
+    """Counts what the function exchanges besides gradients, which torch exchanges by itself."""
+
+    def counting(*arguments):
+        reduce = torch.distributed.all_reduce
+        torch.distributed.all_reduce = lambda *args, **words: (count(reductions=1), reduce(*args, **words))[1]
+        try:
+            return function(*arguments)
+        finally:
+            torch.distributed.all_reduce = reduce
+
+    return counting
 
 
 def in_bfloat16():

@@ -88,8 +88,10 @@ def difference(name, tensor, expected):
 
 
 def assert_same_training(one, several, folder_one, folder_several, base=TINY):
-    """Losses by step and validation of two runs within 1e-5 relative, final weights within 2e-5."""
+    """Losses by step and validation of two runs within 1e-5 relative, final weights within 2e-5; an exchange a step."""
+    assert one["reductions"] == 0
     for noted in several:
+        assert noted["reductions"] == len(noted["steps"])
         assert len(noted["steps"]) == len(one["steps"])
         for (loss, norm, tokens), (expected_loss, expected_norm, expected_tokens) in zip(
             noted["steps"], one["steps"], strict=True
