@@ -200,7 +200,7 @@ def update(weight, grad, exp_avg, exp_avg_sq, low=None, *, numbers):
     (keep, rate, correction, offset, factor, _), beta1, beta2, eps = numbers
     is_int8, bound = exp_avg.dtype == torch.int8, largest_ratio(beta1, beta2)
     weight32 = weight if low is None else join(weight, low)
-    grad, square = grad.float() * factor, exp_avg_sq.float()
+    grad, square = grad.to(torch.float32, copy=True).mul_(factor), exp_avg_sq.float()
     mean = from_int8(exp_avg, square.sqrt(), bound) if is_int8 else exp_avg.float()
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

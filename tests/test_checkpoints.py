@@ -41,7 +41,7 @@ def flags(data, small_model):
         "epochs": 2,
         "batch_size": 4,
         "learning_rate": 1e-3,
-        "checkpoint_minutes": 1e-6,  # one a step
+        "checkpoint_minutes": 1e-9,  # one a step
         "valid_answers": 3,
     }
 

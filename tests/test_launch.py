@@ -287,7 +287,7 @@ def uninterrupted(tmp_path_factory):
 @pytest.fixture
 def whole(flags, uninterrupted):
     """A run of two processes that nothing interrupts, with a checkpoint each step as the others have."""
-    flags |= {"checkpoint_minutes": 1e-6}
+    flags |= {"checkpoint_minutes": 1e-9}
     if not (uninterrupted / "out").exists():
         trained(2, flags, uninterrupted)
     return uninterrupted
