@@ -32,10 +32,10 @@ from moondream2.compilation import compile_layers
 from moondream2.data import Example, hold_out, read_lines, tokenize
 from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_new_tokens
 from moondream2.features import FeatureStore, image_embeds, keep_features
-from moondream2.launch import end, first_on_each_machine, from_main, one_speaks, own_batches, start, start_tracker
+from moondream2.launch import end, first_on_each_machine, from_main, one_speaks, own_batches, start, start_tracker, sums
 from moondream2.loading import checked_loading, choose_views
 from moondream2.machine import row_multiple
-from moondream2.optimizer import build_optimizer, build_scheduler, gradient_norm
+from moondream2.optimizer import Sent, build_optimizer, build_scheduler, gradient_norm
 from moondream2.output_dir import OutputDir
 from moondream2.pace import Pace
 from moondream2.pictures import KnownPictures, PictureError, find_pictures, read_ahead, set_up_pillow
@@ -211,11 +211,11 @@ def collate(rows, lay_out):
     return {**batch, "targets": torch.tensor(targets, dtype=torch.long)}
 
 
-def answer_loss(text_model, batch, embeds, tokens_in_step, device):
-    """The cross-entropy of a micro-batch's answer tokens: its part of the mean over all such tokens of the step."""
+def answer_loss(text_model, batch, embeds, device):
+    """The cross-entropy of a micro-batch's answer tokens, summed: `update` makes it the mean of the whole step's."""
     logits = text_model(**text_inputs(batch, device), image_embeds=embeds).logits  # (answer tokens, vocabulary)
     targets = batch["targets"].to(device, non_blocking=True)
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / tokens_in_step
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,19 +247,6 @@ class Run(NamedTuple):
     read: Callable  # `read_batches`, filled in
 
 
-class Step(NamedTuple):
-    """What came of an optimizer step. `grad_norm` is the gradient's length before clipping."""
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-
-    @property
-    def is_applied(self):
-        return self.tokens > 0 and math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
 def build_engine(model, accelerator, steps, constants):
     """AdamW over the text model's parameters, its schedule, and accelerate's preparations for one or several GPUs."""
     if constants.gradient_checkpointing:
@@ -268,54 +255,64 @@ def build_engine(model, accelerator, steps, constants):
         compile_layers(model.text_model, accelerator.is_fsdp2)
     optimizer = build_optimizer(model.text_model, constants.learning_rate, constants.weight_decay, constants.betas)
     scheduler = build_scheduler(optimizer, constants.lr_schedule, constants.warmup_steps, steps)
-    text_model, optimizer = accelerator.prepare(model.text_model, optimizer)
+    text_model, _ = accelerator.prepare(model.text_model, optimizer)  # its wrapper of an optimizer waits for the GPU
     return Engine(accelerator, text_model, optimizer, scheduler)
 
 
-def train_step(engine, batches, vision_encoder, max_grad_norm):
-    """One optimizer step over the answer tokens of these micro-batches, and of those of the other processes.
-
-    Where loss or gradient is not finite, nothing is updated.
-    """
-    accelerator, text_model, optimizer, scheduler = engine
-    device = accelerator.device
-    tokens = torch.full((), float(sum(len(batch["targets"]) for batch in batches)), device=device)
-    tokens, losses = accelerator.reduce(tokens), []
-    tokens_in_step = tokens.clamp(min=1) / accelerator.num_processes  # for gradients are averaged over processes
+def backward(engine, batches, vision_encoder):
+    """Forward and backward passes over a step's micro-batches; returns their loss, summed over answer tokens."""
+    accelerator, text_model, losses = engine.accelerator, engine.text_model, []
     for batch in batches:
         # Gradients are exchanged once, in the last backward pass; sharded ones at once, as no process has room for all.
         exchange = batch is batches[-1] or accelerator.is_fsdp2
         if not batch["rows"] and not exchange:
             continue  # sharing pictures left a step fewer rows than it has micro-batches
         with nullcontext() if exchange else accelerator.no_sync(text_model):
-            embeds = image_embeds(batch["pictures"], vision_encoder, device)
-            loss = answer_loss(text_model, batch, embeds, tokens_in_step, device)
+            embeds = image_embeds(batch["pictures"], vision_encoder, accelerator.device)
+            loss = answer_loss(text_model, batch, embeds, accelerator.device)
             accelerator.backward(loss)
         losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def update(engine, batches, loss, max_grad_norm, wishes):
+    """Sends AdamW's update by clipped gradients to the device: none where loss or gradient turns out not finite."""
+    accelerator, text_model, optimizer, scheduler = engine
     if accelerator.scaler:  # float16, where the loss is multiplied, lest gradients become 0
-        accelerator.scaler.unscale_(optimizer.optimizer)
-    loss, norm = accelerator.reduce(torch.stack(losses).sum(), "mean"), gradient_norm(text_model.parameters())
-    torch.nn.utils.clip_grads_with_norm_(text_model.parameters(), max_grad_norm, norm)
-    loss, norm, tokens = torch.stack([loss, norm, tokens]).tolist()
-    step = Step(loss, norm, scheduler.get_last_lr()[0], int(tokens))
-    if step.is_applied:
-        optimizer.step()
-        scheduler.step()
-    elif accelerator.scaler:
-        accelerator.scaler.update()  # to a smaller one
+        accelerator.scaler.unscale_(optimizer)
+        accelerator.scaler.update()  # to a smaller one where a gradient is not finite
+    loss, tokens, *wishes = sums(accelerator, loss, sum(len(batch["targets"]) for batch in batches), *wishes)
+    divisor = tokens.clamp(min=1) / accelerator.num_processes  # gradients are a sum's, averaged over processes
+    loss, norm = loss / tokens.clamp(min=1), gradient_norm(text_model.parameters()) / divisor
+    optimizer.grad_scale = divisor * ((norm + 1e-6) / max_grad_norm).clamp(min=1)
+    optimizer.found_inf = 1 - ((tokens > 0) & loss.isfinite() & norm.isfinite()).float()
+    sent = Sent(batches, optimizer, scheduler, [loss, norm, tokens, optimizer.found_inf, *wishes])
+    optimizer.step()
     optimizer.zero_grad()
-    return step
+    return sent
+
+
+def train_steps(engine, steps, vision_encoder, max_grad_norm, wishes=tuple):
+    """An optimizer step over each of these lists of micro-batches; yields what came of it, a Step, but not at once."""
+    sent = None
+    for batches in steps:
+        loss = backward(engine, batches, vision_encoder)
+        if sent:  # waits for scores while the device has these passes to do; the next update's rate depends on them
+            yield sent.settled()
+        sent = update(engine, batches, loss, max_grad_norm, wishes())
+    if sent:
+        yield sent.settled()
 
 
 def train_epoch(engine, steps, vision_encoder, progress, checkpoints, stop, constants):
     """The steps of the epoch under way that are still to be done; `steps` gives each one's micro-batches."""
     engine.text_model.train()
     bad, clock = 0, time.monotonic() - progress.seconds
-    for batches in steps:
-        step = train_step(engine, batches, vision_encoder, constants.max_grad_norm)
+    is_due = partial(checkpoints.is_due, constants.checkpoint_minutes)
+    for step in train_steps(engine, steps, vision_encoder, constants.max_grad_norm, lambda: stop.wishes(is_due())):
         bad = 0 if step.is_applied else bad + 1
         if bad:
-            log.bad_step(step, batches, bad, engine.accelerator.scaler)
+            log.bad_step(step, bad, engine.accelerator.scaler)
         else:
             progress.loss_sum += step.loss * step.tokens
             progress.tokens += step.tokens
@@ -323,7 +320,7 @@ def train_epoch(engine, steps, vision_encoder, progress, checkpoints, stop, cons
         progress.learning_rate = step.learning_rate
         progress.seconds = time.monotonic() - clock
         engine.accelerator.log(log.scores_of_step(step), progress.total_steps)
-        if stop.check(checkpoints.is_due(constants.checkpoint_minutes)) and not bad:
+        if stop.heed(*step.wishes) and not bad:
             checkpoints.save(progress)
 
 

@@ -39,7 +39,7 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Within it the first SIGINT or SIGTERM is a wish that `check` utters at a safe place; the second ends at once.
+    """Within it the first SIGINT or SIGTERM is a wish that is heeded at a safe place; the second ends at once.
 
     Of several processes each is sent the signal by the terminal and again by the launcher: there a second one is not
     more than the first, and the launcher ends what takes too long.
@@ -68,8 +68,15 @@ class Stop:
 
     def check(self, due=False):
         """Whether something is `due` in any process; each of them stops where one was asked to. Called by all."""
-        asked, due = any_true(self.accelerator, self.signum is not None, due)
-        if asked:
+        return self.heed(*any_true(self.accelerator, *self.wishes(due)))
+
+    def wishes(self, due=False):
+        """What processes exchange before they `heed` it: whether this one was asked to stop, and what is `due`."""
+        return self.signum is not None, due
+
+    def heed(self, asked, due):
+        """What `check` does, of wishes that were exchanged; whoever is alone needs no exchange."""
+        if asked or (self.signum is not None and self.accelerator.num_processes == 1):
             raise Interrupted(self.signum or signal.SIGTERM)
         return due
 

@@ -20,6 +20,7 @@ from moondream2.machine import set_up_torch, training_dtype, what_it_runs_on
 
 TRACKED = "finetune_moondream"  # a tracker's project, and the folder that tensorboard fills in OUTPUT_DIR
 TIMEOUT = timedelta(minutes=10)  # after which a process that does not answer counts as dead
+LOSS_SCALE = 2.0**10  # at first, in float16: torch's 2**16 is for a mean, and the loss is a sum over answer tokens
 HEARTBEAT = 0.2  # seconds between two signs of life while one process works and the others wait for it
 LOST = (  # what a process is told whose partner ended, or did not answer in time
     "Connection closed by peer",
@@ -58,7 +59,7 @@ def start(tracker=None, folder=None, lora_rank=None):
                 "this FSDP configuration is not one that the run is made for: use --config_file moondream2/fsdp.yaml"
             )
     if training_dtype(accelerator.device, lora_rank) == torch.float16:  # whose smallest gradients would be 0
-        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=LOSS_SCALE)
     if accelerator.is_main_process:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         print(what_it_runs_on(accelerator.device, accelerator.num_processes, here), flush=True)
@@ -187,6 +188,15 @@ def any_true(accelerator, *flags):
     if accelerator.num_processes == 1:
         return list(flags)
     return [count > 0 for count in accelerator.reduce(torch.tensor(flags, device=accelerator.device).float()).tolist()]
+
+
+def sums(accelerator, tensor, *numbers):
+    """The sums over all processes of a tensor without dimensions and of numbers, as tensors on its device.
+
+    One exchange, whose result nobody waits for here.
+    """
+    both = torch.stack([tensor, *(torch.full_like(tensor, number) for number in numbers)])
+    return accelerator.reduce(both).unbind()
 
 
 @contextlib.contextmanager

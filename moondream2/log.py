@@ -88,7 +88,7 @@ def scores_of_step(step):
     return {"train_loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
 
 
-def bad_step(step, batches, in_a_row, scaler=None):
+def bad_step(step, in_a_row, scaler=None):
     """Names the examples of a step that was not applied.
 
     In float16 a gradient times the loss scale of `scaler` may be too large, which is then lowered: as long as that can
@@ -100,7 +100,7 @@ def bad_step(step, batches, in_a_row, scaler=None):
     if scaler and math.isfinite(step.loss) and scaler.get_scale() >= 1:
         tqdm.write(f"Step not applied: the loss scale falls to {scaler.get_scale():g}", sys.stderr)
         return
-    sources = ", ".join(example.source for batch in batches for row in batch["rows"] for example in row)
+    sources = ", ".join(example.source for batch in step.batches for row in batch["rows"] for example in row)
     tqdm.write(f"Step not applied: loss {step.loss}, gradient {step.grad_norm}; its examples: {sources}", sys.stderr)
     if in_a_row >= BAD_STEPS:
         raise InputError(

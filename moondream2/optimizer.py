@@ -19,6 +19,7 @@ them. docs/optimizer.md compares this AdamW with float32 and with two libraries'
 import math
 import sys
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -36,7 +37,12 @@ class AdamW(Optimizer):
 
     A parameter's state is `exp_avg`, `exp_avg_sq` and, for a bfloat16 one, `low`: see the head of this file. For a
     float32 parameter this is torch's AdamW.
+
+    As of torch's fused optimizers, a step may be told by tensors on the device that the host has not read:
+    `grad_scale`, by which it divides gradients, and `found_inf`, 1 where it is to change nothing.
     """
+
+    _step_supports_amp_scaling = True  # torch's name for it
 
     def __init__(self, params, lr, betas, weight_decay, eps=1e-8):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps, "step": 0, "owed": 0.0}
@@ -44,25 +50,40 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self.before = [(group["step"], group["owed"]) for group in self.param_groups]
+        if is_known(found_inf):
+            return
         for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            group["step"] += 1
-            correction1, correction2 = (1 - beta ** group["step"] for beta in (beta1, beta2))
-            numbers = [1 - self.decay(group), lr / correction1, 1 / math.sqrt(correction2), group["step"] * GOLDEN % 1]
-            numbers = torch.tensor(numbers)
-            vectors = []
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state_of(p)
-                    tensors = p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("low")
-                    tensors = [local(each) for each in tensors if each is not None]
-                    numbers = numbers.to(tensors[0].device)
-                    if p.dim() > 1:
-                        apply(tensors, numbers, beta1, beta2, group["eps"])
-                    else:
-                        vectors.append(tensors)
-            if vectors:
-                apply_together(vectors, numbers, beta1, beta2, group["eps"])
+            numbers, trained = self.next_numbers(group), [p for p in group["params"] if p.grad is not None]
+            if trained:
+                numbers = with_scale(numbers, scale, found_inf, trained[0].device)
+                self.apply_all(trained, numbers, *group["betas"], group["eps"])
+
+    def apply_all(self, parameters, *numbers):
+        vectors = []
+        for p in parameters:
+            state = self.state_of(p)
+            tensors = p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("low")
+            tensors = [local(each) for each in tensors if each is not None]
+            if p.dim() > 1:
+                apply(tensors, *numbers)
+            else:
+                vectors.append(tensors)
+        if vectors:
+            apply_together(vectors, *numbers)
+
+    def take_back(self):
+        """The last step's `found_inf` was 1, as the host knows by now: it does not count."""
+        for group, (step, owed) in zip(self.param_groups, self.before, strict=True):
+            group["step"], group["owed"] = step, owed
+
+    def next_numbers(self, group):
+        """Counts a group's step; returns what `update` takes of it, without the scale of gradients."""
+        group["step"] += 1
+        correction1, correction2 = (1 - beta ** group["step"] for beta in group["betas"])
+        offset = group["step"] * GOLDEN % 1
+        return [1 - self.decay(group), group["lr"] / correction1, 1 / math.sqrt(correction2), offset]
 
     def decay(self, group):
         """The share of its weights that a group loses in this step.
@@ -95,6 +116,20 @@ class AdamW(Optimizer):
                 self.state[p] = {name: each.to(p.device) for name, each in state_dict["state"][i].items()}
 
 
+def is_known(found_inf):
+    """Whether `found_inf` is 1 where it costs nothing to ask, on a CPU; on a GPU the kernel asks."""
+    return found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() == 1
+
+
+def with_scale(numbers, scale, found_inf, device):
+    """The numbers of a step as a tensor on the device, with 1 / `scale` and `found_inf` behind them."""
+    if scale is None:
+        return torch.tensor([*numbers, 1.0, 0.0], device=device)
+    is_cuda = device.type == "cuda"  # from pinned memory: else the host would wait for all that the GPU has to do
+    numbers = torch.tensor(numbers, pin_memory=is_cuda).to(device, non_blocking=is_cuda)
+    return torch.cat([numbers, torch.stack([scale.reciprocal(), found_inf])])
+
+
 def local(tensor):
     """This process's part of a sharded tensor, flat."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
@@ -103,9 +138,14 @@ def local(tensor):
 def apply(tensors, numbers, *constants):
     """`update` on flat tensors, part by part; on a GPU each part is one kernel."""
     part = CPU_PART if tensors[0].device.type == "cpu" else GPU_PART
-    function = kernel(tensors[0].device, tensors[0].dtype, *constants) if tensors[0].is_cuda else update
+    function = update_on(tensors[0].device, tensors[0].dtype, *constants)
     for parts in zip(*(tensor.split(part) for tensor in tensors), strict=True):
         function(*parts, numbers=(numbers, *constants))
+
+
+def update_on(device, dtype, *constants):
+    """`update` as a device runs it."""
+    return update if device.type == "cpu" else kernel(device, dtype, *constants)
 
 
 def apply_together(vectors, *numbers):
@@ -120,37 +160,47 @@ def apply_together(vectors, *numbers):
 
 @cache
 def kernel(device, dtype, *constants):
-    """`update` compiled for weights of a type, so that a step reads and writes each number once.
+    """`update_if_finite` compiled for weights of a type, so that a step reads and writes each number once.
 
-    Where that fails, most often for want of a C compiler, one line says so and `update` runs as it stands. A trial
+    Where that fails, most often for want of a C compiler, one line says so and it runs as it stands. A trial
     on other tensors finds that out: a kernel that failed in the middle of a step would leave weights half updated.
     """
-    compiled = torch.compile(update, dynamic=True)
+    compiled = torch.compile(update_if_finite, dynamic=True)
     # What `update` is given of a bfloat16 matrix and of such a vector; of all others.
     split = [(dtype, dtype, exp_avg, dtype, low) for exp_avg, low in ((torch.int8, torch.int8), (dtype, torch.int32))]
     try:
         for types in split if dtype == torch.bfloat16 else [[dtype] * 4]:
             tensors = [torch.zeros(TRIAL, dtype=each, device=device) for each in types]
-            compiled(*tensors, numbers=(torch.zeros(4, device=device), *constants))
+            compiled(*tensors, numbers=(torch.zeros(6, device=device), *constants))
     except Exception as error:  # torch's, Triton's or the compiler's own
         reason = " ".join(str(error).splitlines()[:1])
         print(f"AdamW runs uncompiled, its steps some 30 times slower: torch.compile failed: {reason}", file=sys.stderr)
-        return update
+        return update_if_finite
     return compiled
+
+
+def update_if_finite(weight, grad, *state, numbers):
+    """`update`, or nothing of it where `found_inf` is 1; compiled, this takes no more reading and writing."""
+    written = weight, *state
+    before = [tensor.clone() for tensor in written]
+    update(weight, grad, *state, numbers=numbers)
+    for tensor, old in zip(written, before, strict=True):
+        tensor.copy_(torch.where(numbers[0][-1] > 0, old, tensor))
 
 
 def update(weight, grad, exp_avg, exp_avg_sq, low=None, *, numbers):
     """One step of AdamW on flat tensors, in place.
 
     Args:
-        numbers: a tensor of four, which change from step to step: the share of a weight that its decay leaves, the rate
-            over the mean's bias correction, 1 over the root of the squares', and the offset of rounding (see
-            `to_bfloat16`). Then beta1, beta2 and epsilon.
+        numbers: a tensor of six, which change from step to step: the share of a weight that its decay leaves, the rate
+            over the mean's bias correction, 1 over the root of the squares', the offset of rounding (see
+            `to_bfloat16`), by what gradients are multiplied, and `found_inf`, which has no say here. Then beta1, beta2
+            and epsilon.
     """
-    (keep, rate, correction, offset), beta1, beta2, eps = numbers
+    (keep, rate, correction, offset, factor, _), beta1, beta2, eps = numbers
     is_int8, bound = exp_avg.dtype == torch.int8, largest_ratio(beta1, beta2)
     weight32 = weight if low is None else join(weight, low)
-    grad, square = grad.float(), exp_avg_sq.float()
+    grad, square = grad.to(torch.float32, copy=True).mul_(factor), exp_avg_sq.float()
     mean = from_int8(exp_avg, square.sqrt(), bound) if is_int8 else exp_avg.float()
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -220,6 +270,46 @@ def split(weight32, weight, low):
 def unused_bits(low):
     """How many of a float32 number's last bits are not kept."""
     return 8 if low.dtype == torch.int8 else 0
+
+
+class Step(NamedTuple):
+    """What came of an optimizer step. `grad_norm` is the gradient's length before clipping."""
+
+    batches: list  # its micro-batches
+    learning_rate: float
+    loss: float
+    grad_norm: float
+    tokens: int
+    is_applied: bool
+    wishes: list  # of all processes
+
+
+class Sent:
+    """An optimizer step that was sent to the device. The host, which need not wait, learns later what came of it.
+
+    Args:
+        scores: tensors on the device: loss, length of the gradient, tokens, `found_inf`, then what else is to be known.
+    """
+
+    def __init__(self, batches, optimizer, scheduler, scores):
+        self.batches, self.optimizer, self.scheduler = batches, optimizer, scheduler
+        self.learning_rate = scheduler.get_last_lr()[0]
+        self.scores, self.arrival = torch.stack(scores), None
+        if self.scores.is_cuda:
+            pinned = torch.empty_like(self.scores, device="cpu", pin_memory=True)
+            self.scores = pinned.copy_(self.scores, non_blocking=True)
+            self.arrival = torch.cuda.current_stream().record_event()
+
+    def settled(self):
+        """The Step, whose scores are waited for. If it was applied, the schedule moves; if not, no count has moved."""
+        if self.arrival:
+            self.arrival.synchronize()
+        loss, norm, tokens, found_inf, *wishes = self.scores.tolist()
+        if found_inf:
+            self.optimizer.take_back()
+        else:
+            self.scheduler.step()
+        return Step(self.batches, self.learning_rate, loss, norm, int(tokens), not found_inf, wishes)
 
 
 def gradient_norm(parameters):

@@ -63,7 +63,7 @@ class Pace:
         self.seconds = 0.0
 
     def watched(self, steps):
-        """The steps of an epoch, lists of micro-batches, each counted once the next is asked for: it is done then."""
+        """The steps of an epoch, lists of micro-batches, each counted once the next is asked for."""
         self.begin()
         before = self.peak_memory()
         started = time.monotonic()
@@ -73,6 +73,10 @@ class Pace:
             self.steps += 1
             for batch in batches:
                 self.count(batch)
+            self.seconds_a_step = self.seconds / self.steps
+        if self.steps and self.device.type == "cuda":  # the last one may still be under way
+            torch.cuda.synchronize(self.device)
+            self.seconds = time.monotonic() - started
             self.seconds_a_step = self.seconds / self.steps
         peak = self.peak_memory()
         self.training_peak = peak if peak > before else 0  # what came before training may have taken more

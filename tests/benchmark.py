@@ -35,7 +35,7 @@ from moondream2.modeling_moondream2 import HfMoondream, Moondream
 from moondream2.pace import operations
 from moondream2.pictures import look, pixels_of
 from moondream2.rows import lay_out, rows_of
-from tests.conftest import TINY, TINY_2025, constants, engine_of, start_script, write_lines
+from tests.conftest import TINY, TINY_2025, constants, engine_of, start_script, step_of, write_lines
 
 SMALL = {"2024-08-26": TINY, "2025-06-21": TINY_2025}
 VALID_SHARE = 0.25  # validation questions for each training question
@@ -161,7 +161,7 @@ class Ours:
     def train(self, examples):
         self.model.train()
         batches = [self.collate(examples)]
-        return script.train_step(self.engine, batches, self.model.vision_encoder, script.MAX_GRAD_NORM).loss
+        return step_of(self.engine, batches, self.model.vision_encoder, script.MAX_GRAD_NORM).loss
 
     def validate(self, examples):
         return evaluate(self.model, self.tokenizer, [self.collate(examples)])[0]
@@ -169,7 +169,7 @@ class Ours:
     def forward_backward(self, examples, clock=time.perf_counter):
         batch = self.collate(examples)
         embeds = image_embeds(batch["pictures"], self.model.vision_encoder, "cpu")
-        loss = partial(script.answer_loss, self.model.text_model, batch, embeds, 1, "cpu")
+        loss = partial(script.answer_loss, self.model.text_model, batch, embeds, "cpu")
         seconds, _ = timed(lambda: loss().backward(), clock)
         self.model.zero_grad()
         return seconds, operations(self.model.config.text_config, batch)

@@ -91,7 +91,8 @@ def optimi(*arguments, **settings):
 def compiled(*arguments, **settings):
     """This project's, with the kernel that it has on a GPU."""
     with torch.no_grad():
-        module.update = module.kernel(torch.device("cpu"), torch.bfloat16, *settings["betas"], settings["eps"])
+        kernel = module.kernel(torch.device("cpu"), torch.bfloat16, *settings["betas"], settings["eps"])
+    module.update_on = lambda *arguments: kernel
     return AdamW(*arguments, **settings)
 
 
@@ -122,8 +123,11 @@ class Meter:
         optimizer.register_step_post_hook(self.after)
         return optimizer
 
-    def before(self, *_):
+    def before(self, optimizer, *_):
         self.started.append(time.process_time())
+        if not getattr(optimizer, "_step_supports_amp_scaling", False) and hasattr(optimizer, "grad_scale"):
+            for group in optimizer.param_groups:
+                torch._foreach_div_([p.grad for p in group["params"]], optimizer.grad_scale)
 
     def after(self, optimizer, *_):
         self.ended.append(time.process_time())

@@ -103,7 +103,7 @@ class Side:
 
     def loss(self, batch):
         embeds = image_embeds(batch["pictures"], self.model.vision_encoder, self.device)
-        return script.answer_loss(self.model.text_model, batch, embeds, len(batch["targets"]), self.device)
+        return script.answer_loss(self.model.text_model, batch, embeds, self.device) / len(batch["targets"])
 
 
 def step_against_cpu(table, device, folder, is_rehearsal):
@@ -213,8 +213,9 @@ def train(engine, side, watched, collate):
     """An epoch of the examples, as the script trains it; returns how many steps it had."""
     batches = read_ahead(collate, (batch for step in watched.sampler.epoch(1) for batch in step))
     with closing(batches):
-        for step in watched.watched([batch] for batch in batches):
-            script.train_step(engine, step, side.model.vision_encoder, script.MAX_GRAD_NORM)
+        steps = watched.watched([batch] for batch in batches)
+        for _ in script.train_steps(engine, steps, side.model.vision_encoder, script.MAX_GRAD_NORM):
+            pass
     return watched.steps
 
 

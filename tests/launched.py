@@ -20,29 +20,44 @@ from moondream2 import launch as processes
 from moondream2.checkpoints import Interrupted, Progress, Stop
 from moondream2.cli import InputError
 
-NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0}
+NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0, "reductions": 0}
 
 
 def noting():
     """Notes each step's loss, gradient and tokens, and this process's own work."""
-    load_model, train_step = script.load_model, script.train_step
+    load_model, train_steps = script.load_model, script.train_steps
 
     def load(*arguments):
         model = load_model(*arguments)
         model.vision_encoder.register_forward_pre_hook(lambda module, inputs: count(encoded=len(inputs[0])))
         return model
 
-    def step(engine, batches, *arguments):
-        for batch in batches:
-            rows = len(batch["rows"])
-            count(rows=rows, positions=batch["document_ids"].numel() if rows else 0)
-        result = train_step(engine, batches, *arguments)
-        NOTES["sharded"] = all(isinstance(p, DTensor) for p in engine.text_model.parameters())
-        NOTES["steps"].append((result.loss, result.grad_norm, result.tokens))
-        Path(os.environ["NOTES"]).write_text(json.dumps(NOTES))
-        return result
+    def steps(engine, *arguments):
+        for step in train_steps(engine, *arguments):
+            for batch in step.batches:
+                rows = len(batch["rows"])
+                count(rows=rows, positions=batch["document_ids"].numel() if rows else 0)
+            NOTES["sharded"] = all(isinstance(p, DTensor) for p in engine.text_model.parameters())
+            NOTES["steps"].append((step.loss, step.grad_norm, step.tokens))
+            Path(os.environ["NOTES"]).write_text(json.dumps(NOTES))
+            yield step
 
-    script.load_model, script.train_step = load, step
+    script.load_model, script.train_steps = load, steps
+    script.backward, script.update = (counting_reductions(each) for each in (script.backward, script.update))
+
+
+def counting_reductions(function):
+    """Counts what the function exchanges besides gradients, which torch exchanges by itself."""
+
+    def counting(*arguments):
+        reduce = torch.distributed.all_reduce
+        torch.distributed.all_reduce = lambda *args, **words: (count(reductions=1), reduce(*args, **words))[1]
+        try:
+            return function(*arguments)
+        finally:
+            torch.distributed.all_reduce = reduce
+
+    return counting
 
 
 def in_bfloat16():
@@ -110,15 +125,15 @@ def variables_of(config_file):
 def failing():
     """The last process fails in its second step."""
     in_float32()
-    step = script.train_step
+    backward = script.backward
 
     def fail(engine, *arguments):
         accelerator = engine.accelerator
         if accelerator.process_index == accelerator.num_processes - 1 and len(NOTES["steps"]) == 1:
             raise script.InputError("the disk of this machine caught fire")
-        return step(engine, *arguments)
+        return backward(engine, *arguments)
 
-    script.train_step = fail
+    script.backward = fail
 
 
 def first_step_is_lost():
@@ -136,13 +151,13 @@ def first_step_is_lost():
 
 def stopped_before_it_is_applied():
     """The first step is lost, and the run stopped behind it."""
-    losses, check = first_step_is_lost(), Stop.check
+    losses, wishes = first_step_is_lost(), Stop.wishes
 
     def stop(self, due=False):
         self.signum = signal.SIGTERM if losses else None
-        return check(self, due)
+        return wishes(self, due)
 
-    Stop.check = stop
+    Stop.wishes = stop
 
 
 def sharded_and_stopped_before_it_is_applied():

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import signal
-from functools import partial
+from itertools import count
 from types import SimpleNamespace
 
 import peft
@@ -20,9 +20,10 @@ from moondream2.adapters import ALPHA, config_of, layers_of, refuse_or_warn
 from moondream2.cli import InputError
 from moondream2.evaluation import LEAST_NEW_TOKENS
 from moondream2.features import image_embeds
+from moondream2.optimizer import Step
 from moondream2.pictures import pixels_of
 from moondream2.rows import rows_of, text_inputs
-from tests.conftest import TINY, both_releases, constants, dataset, engine_of, layer_out, untimed
+from tests.conftest import TINY, both_releases, constants, dataset, engine_of, layer_out, step_of, untimed
 from tests.test_training import plain_losses
 
 RANK = 4
@@ -110,7 +111,7 @@ def test_a_step_is_that_of_the_weights_written_out(tiny, tokenizer, train, is_ch
 
     engine = engine_of(tiny, learning_rate=1e-2, weight_decay=0.0)
     tiny.train()
-    step = script.train_step(engine, [collated(tiny, tokenizer, train)], tiny.vision_encoder, 0.05)
+    step = step_of(engine, [collated(tiny, tokenizer, train)], tiny.vision_encoder, 0.05)
     assert step.is_applied and step.loss == pytest.approx(loss.item(), rel=1e-5)
     assert step.grad_norm == pytest.approx(norm.item(), rel=1e-4)
     moved = 0.0
@@ -123,17 +124,17 @@ def test_a_step_is_that_of_the_weights_written_out(tiny, tokenizer, train, is_ch
 
 
 def test_adapters_alone_are_trained_and_only_in_the_text_model(flags, run_main, capsys, monkeypatch):
-    seen, step = [], script.train_step
+    seen, update = [], script.update
 
-    def train_step(engine, *more):
+    def noting(engine, *more):
         held = [p for group in engine.optimizer.param_groups for p in group["params"]]
         states = engine.optimizer.state
-        result = step(engine, *more)
+        sent = update(engine, *more)
         seen.append((sum(p.numel() for p in held), {p.dtype for p in held}))
         seen.append({each.dtype for p in held for each in states[p].values()})
-        return result
+        return sent
 
-    monkeypatch.setattr(script, "train_step", train_step)
+    monkeypatch.setattr(script, "update", noting)
     run_main(**flags, valid_answers=0)
     assert seen[:2] == [(PARAMETERS, {torch.float32}), {torch.float32}]
     out = capsys.readouterr().out
@@ -183,7 +184,7 @@ def kept_bytes(model, tokenizer, train):
     embeds = image_embeds(batch["pictures"], model.vision_encoder, "cpu")
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        script.answer_loss(model.text_model, batch, embeds, 1, "cpu").backward()
+        script.answer_loss(model.text_model, batch, embeds, "cpu").backward()
     return sum(each.untyped_storage().nbytes() for place, each in kept.items() if place not in weights)
 
 
@@ -306,16 +307,15 @@ def test_a_run_of_every_weight_that_replaces_one_of_adapters_removes_its_adapter
 
 def stop_at(step, monkeypatch):
     """The run is stopped behind so many of its steps, with a checkpoint."""
-    steps, train_step = [], script.train_step
+    train_steps, done = script.train_steps, count(1)
 
     def counting(*arguments):
-        result = train_step(*arguments)
-        steps.append(result)
-        if len(steps) == step:
-            signal.raise_signal(signal.SIGTERM)
-        return result
+        for each in train_steps(*arguments):
+            if next(done) == step:
+                signal.raise_signal(signal.SIGTERM)
+            yield each
 
-    monkeypatch.setattr(script, "train_step", counting)
+    monkeypatch.setattr(script, "train_steps", counting)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
@@ -325,7 +325,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_from_a_checkpoint_of_adapters(
     """Behind the best epoch of two, so that its adapters are kept as well; in float16 the loss scale goes on too."""
     if dtype == "float16":
         request.getfixturevalue("on_an_old_card")
-        monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**22))  # too large
+        monkeypatch.setattr(launch, "LOSS_SCALE", 2.0**17)  # too large
     flags |= {"test_file": test_file, "checkpoint_minutes": 60, "valid_answers": 1}
     whole, cut = (flags["output_dir"].with_name(name) for name in ("whole", "cut"))
     run_main(**flags | {"output_dir": whole})
@@ -376,35 +376,35 @@ def test_in_float16_it_trains_as_in_bfloat16(flags, run_main, on_an_old_card, mo
 
 def test_an_overflow_skips_a_step_and_lowers_the_scale(flags, run_main, on_an_old_card, monkeypatch, capsys):
     """However many there are in a row, as long as a lower scale can help."""
-    steps, train_step = [], script.train_step
+    steps, train_steps = [], script.train_steps
 
     def noting(engine, *arguments):
-        weights = [p.detach().clone() for p in engine.text_model.parameters() if p.requires_grad]
-        step = train_step(engine, *arguments)
-        pairs = zip(weights, (p for p in engine.text_model.parameters() if p.requires_grad), strict=True)
-        steps.append(
-            (step.is_applied, any(not torch.equal(a, b) for a, b in pairs), engine.accelerator.scaler.get_scale())
-        )
-        return step
+        trained = [p for p in engine.text_model.parameters() if p.requires_grad]
+        weights = [p.detach().clone() for p in trained]
+        for step in train_steps(engine, *arguments):
+            moved = any(not torch.equal(a, b) for a, b in zip(weights, trained, strict=True))
+            weights = [p.detach().clone() for p in trained]
+            steps.append((step.is_applied, moved, engine.accelerator.scaler.get_scale()))
+            yield step
 
-    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**24))
-    monkeypatch.setattr(script, "train_step", noting)
+    monkeypatch.setattr(launch, "LOSS_SCALE", 2.0**19)
+    monkeypatch.setattr(script, "train_steps", noting)
     run_main(**flags | {"valid_answers": 0})
     skipped = [step for step in steps if not step[0]]
     assert log.BAD_STEPS < len(skipped) < len(steps) and steps[: log.BAD_STEPS + 1] == skipped[: log.BAD_STEPS + 1]
-    assert [scale for _, _, scale in skipped] == [2.0 ** (23 - k) for k in range(len(skipped))]
+    assert [scale for _, _, scale in skipped] == [2.0 ** (18 - k) for k in range(len(skipped))]
     assert all(moved == is_applied for is_applied, moved, _ in steps)
-    assert f"Step not applied: the loss scale falls to {2.0**23:g}\n" in capsys.readouterr().err
+    assert f"Step not applied: the loss scale falls to {2.0**18:g}\n" in capsys.readouterr().err
 
 
 def test_where_no_scale_helps_the_run_ends(capsys):
-    step = script.Step(loss=2.0, grad_norm=math.inf, learning_rate=1e-3, tokens=5)
+    step = Step([], learning_rate=1e-3, loss=2.0, grad_norm=math.inf, tokens=5, is_applied=False, wishes=[])
     for scale, ends in ((2.0, False), (0.5, True)):
         scaler = SimpleNamespace(get_scale=lambda scale=scale: scale)
         with pytest.raises(InputError, match="5 steps in a row") if ends else pytest.MonkeyPatch.context():
-            log.bad_step(step, [], 5, scaler)
+            log.bad_step(step, 5, scaler)
     with pytest.raises(InputError):
-        log.bad_step(step._replace(loss=math.nan), [], 3, SimpleNamespace(get_scale=lambda: 2.0))
+        log.bad_step(step._replace(loss=math.nan), 3, SimpleNamespace(get_scale=lambda: 2.0))
 
 
 def test_without_a_rank_an_old_card_is_told_of_one(on_an_old_card, monkeypatch):

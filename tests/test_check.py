@@ -85,13 +85,13 @@ def test_it_looks_at_a_test_file_and_says_what_judges_without_a_valid_file(
 
 def test_its_positions_are_those_of_the_run(flags, run_check, run_main, monkeypatch):
     said = next(line for line in run_check(**flags) if line.startswith("An epoch has"))
-    sizes, step = [], script.train_step
+    sizes, backward = [], script.backward
 
-    def train_step(engine, batches, *more):
+    def noting(engine, batches, *more):
         sizes.extend(batch["document_ids"].numel() for batch in batches if batch["rows"])
-        return step(engine, batches, *more)
+        return backward(engine, batches, *more)
 
-    monkeypatch.setattr(script, "train_step", train_step)
+    monkeypatch.setattr(script, "backward", noting)
     run_main(**flags)
     examples = len(dataset(flags["train_file"]))
     assert said == (

@@ -41,7 +41,7 @@ def flags(data, small_model):
         "epochs": 2,
         "batch_size": 4,
         "learning_rate": 1e-3,
-        "checkpoint_minutes": 1e-6,  # one a step
+        "checkpoint_minutes": 1e-9,  # one a step
         "valid_answers": 3,
     }
 
@@ -156,11 +156,11 @@ def test_killed_between_checkpoint_and_log_it_still_writes_the_log(flags, run_ma
 
 
 class StopAt(Stop):
-    """Asks to stop at the n-th check."""
+    """Asks to stop at the n-th time that it is asked."""
 
     n = None
 
-    def check(self, due=False):
+    def heed(self, asked, due):
         StopAt.n -= 1
         if StopAt.n == 0:
             raise Interrupted(signal.SIGTERM)
@@ -258,8 +258,8 @@ def test_stopped_before_its_first_applied_step_it_goes_on_to_the_same_bits(flags
     number = 0
 
     class StopAfterIt(Stop):
-        def check(self, due=False):
-            if number == 1:
+        def heed(self, asked, due):
+            if number:
                 raise Interrupted(signal.SIGTERM)
             return due
 

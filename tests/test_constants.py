@@ -45,7 +45,7 @@ TABLE = {
     "MAX_GRAD_NORM": (0.1, lambda run: run.gradients == pytest.approx([0.1] * len(run.steps), rel=0.01)),
     "PATIENCE": (2, lambda run: run.epochs_without_a_better_one == 2),
     "VALID_ANSWERS": (4, lambda run: len(run.answered) == 4),
-    "CHECKPOINT_MINUTES": (1e-6, lambda run: run.saves == len(run.steps) + len(run.log) - 1),
+    "CHECKPOINT_MINUTES": (1e-9, lambda run: run.saves == len(run.steps) + len(run.log) - 1),
     "OVERWRITE": (True, lambda run: run.may_begin_again),
     "TRACKER": ("tensorboard", lambda run: any(name.startswith(f"other_out/{launch.TRACKED}/") for name in run.made)),
     "SEED": (7, lambda run: is_shuffled(run, 7) and run.answered == drawn(run, 7, 4)),
@@ -138,18 +138,22 @@ def watch(run, patch):
         model.text_model.layers[0].ln.register_forward_hook(lambda *args: vars(run).update(layers=run.layers + 1))
         return model
 
-    def train_step(engine, batches, *more, step=script.train_step):
+    def backward(engine, batches, *more, backward=script.backward):
         calls = run.layers
-        result = step(engine, batches, *more)
+        loss = backward(engine, batches, *more)
         sources = [example.source for batch in batches for row in batch["rows"] for example in row]
         run.groups = engine.optimizer.param_groups
-        noted = {"learning_rate": result.learning_rate, "layer_calls": run.layers - calls}
-        run.steps.append(SimpleNamespace(batches=batches, sources=sources, **noted))
-        return result
+        run.steps.append(SimpleNamespace(batches=batches, sources=sources, layer_calls=run.layers - calls))
+        return loss
+
+    def update(*arguments, update=script.update):
+        sent = update(*arguments)
+        run.steps[-1].learning_rate = sent.learning_rate
+        return sent
 
     def note_gradient(self, closure=None):
         gradients = [p.grad.float().norm() for group in self.param_groups for p in group["params"]]
-        run.gradients.append(math.hypot(*torch.stack(gradients).tolist()))
+        run.gradients.append(math.hypot(*torch.stack(gradients).tolist()) / self.grad_scale.item())
 
     owners = {"AutoConfig": script, "AutoModelForCausalLM": script, "AutoTokenizer": modeling_moondream2}
     for name, owner in owners.items():
@@ -162,7 +166,8 @@ def watch(run, patch):
     noting(optimizer.AdamW, "step", note_gradient)
     patch.setattr(script, "compile_layers", lambda *args: vars(run).update(compiled=True))
     patch.setattr(script, "load_model", load_model)
-    patch.setattr(script, "train_step", train_step)
+    patch.setattr(script, "backward", backward)
+    patch.setattr(script, "update", update)
     patch.setattr(script, "most_new_tokens", lambda *arguments: 2)
 
 

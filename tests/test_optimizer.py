@@ -180,6 +180,44 @@ def test_parts_are_updated_as_a_whole_is(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
 
 
+@pytest.mark.parametrize("place", ["CPU", "card"])
+def test_a_step_is_scaled_and_skipped_as_torchs_fused_one_is(request, place):
+    """By numbers on the device, under torch's names."""
+    if place == "card":
+        request.getfixturevalue("as_on_a_card")
+    ours, theirs = (parameters(torch.float32, (30, 40), (50,), (7,)) for _ in range(2))
+    for adamw, trained in ((AdamW(ours, 1e-3, (0.9, 0.99), 0.1), ours), (fused(theirs), theirs)):
+        for scale, found_inf in ((3.0, 0.0), (0.5, 0.0), (7.0, 1.0), (0.01, 0.0)):
+            adamw.grad_scale, adamw.found_inf = torch.tensor(scale), torch.tensor(found_inf)
+            steps(adamw, trained, 1, seed=int(scale))
+            if found_inf and trained is ours:
+                adamw.take_back()
+    for p, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-8)
+
+
+def fused(trained):
+    return torch.optim.AdamW(trained, 1e-3, (0.9, 0.99), eps=1e-8, weight_decay=0.1, fused=True)
+
+
+@pytest.mark.parametrize("low", [torch.int8, torch.int32, None])
+def test_a_kernel_that_is_told_to_changes_nothing(low):
+    """Not even where gradients are not finite; and all else as `update` does."""
+    generator, dtype = torch.Generator().manual_seed(0), torch.float32 if low is None else torch.bfloat16
+    mean = torch.int8 if low == torch.int8 else dtype
+    kinds = [dtype, dtype, mean, dtype, *([] if low is None else [low])]
+    for found_inf in (0.0, 1.0):
+        tensors = [torch.rand(999, generator=generator).mul(100).to(kind) for kind in kinds]
+        tensors[1][::7] = math.nan if found_inf else 1.0
+        before, expected = ([each.clone() for each in tensors] for _ in range(2))
+        numbers = torch.tensor([0.9, 1e-3, 1.0, 0.3, 0.5, found_inf]), 0.9, 0.99, 1e-8
+        module.update_if_finite(*tensors, numbers=numbers)
+        module.update(*expected, numbers=numbers)
+        expected = before if found_inf else expected
+        for got, each in zip(tensors, expected, strict=True):
+            torch.testing.assert_close(got, each, rtol=0, atol=0, equal_nan=True)
+
+
 COMPILED = """
 import torch
 from moondream2 import optimizer
@@ -199,9 +237,15 @@ optimizer.CPU_PART = 1 << 12
 expected = trained()
 config = torch._dynamo.config.get_config_copy()
 with torch.no_grad():
-    optimizer.update = optimizer.kernel("cpu", torch.bfloat16, 0.9, 0.99, 1e-8)
+    compiled = optimizer.kernel("cpu", torch.bfloat16, 0.9, 0.99, 1e-8)
+optimizer.update_on = lambda *arguments: compiled
 for got, each in zip(trained(), expected):
     torch.testing.assert_close(got, each, rtol=2**-14, atol=1e-7)
+kinds = torch.bfloat16, torch.bfloat16, torch.int8, torch.bfloat16, torch.int8
+parts = [torch.full([4099], 2.0, dtype=kind) for kind in kinds]
+parts[1] *= float("nan")
+compiled(*parts, numbers=(torch.tensor([0.9, 1e-3, 1.0, 0.3, 0.5, 1.0]), 0.9, 0.99, 1e-8))
+assert all((each == 2).all() for each in parts if each is not parts[1])
 assert torch._dynamo.config.get_config_copy() == config
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
@@ -305,7 +349,6 @@ def test_small_tensors_are_updated_together(tiny, monkeypatch):
 def test_a_gpu_updates_in_large_parts_by_the_kernel_and_a_cpu_in_small_ones(device, monkeypatch):
     """ "meta" stands in for a card: a device that is no CPU."""
     sizes = {"cpu": [], "meta": []}
-    monkeypatch.setattr(torch.Tensor, "is_cuda", device == "meta", raising=False)
     monkeypatch.setattr(module, "update", lambda weight, *more, numbers: sizes["cpu"].append(len(weight)))
     kernel = lambda weight, *more, numbers: sizes["meta"].append(len(weight))  # noqa: E731
     monkeypatch.setattr(module, "kernel", lambda *constants: kernel)

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetune_moondream as script
-from moondream2.checkpoints import Progress
+from moondream2.checkpoints import Progress, Stop
 from moondream2.cli import InputError
 from moondream2.features import image_embeds
 from moondream2.pictures import pixels_of
@@ -25,6 +26,7 @@ from tests.conftest import (
     plain_answer,
     plain_mask,
     plain_prompt,
+    step_of,
 )
 
 
@@ -99,7 +101,7 @@ def test_what_is_trained_on_is_what_answer_question_continues(tiny, tokenizer, t
 def summed_loss(model, batch):
     """The script's loss of a micro-batch, not divided."""
     embeds = image_embeds(batch["pictures"], model.vision_encoder, "cpu")
-    return script.answer_loss(model.text_model, batch, embeds, 1, "cpu")
+    return script.answer_loss(model.text_model, batch, embeds, "cpu")
 
 
 @both_releases
@@ -177,8 +179,15 @@ def train_for(engine, model, batches, progress=None, **changes):
     """The steps of an epoch, each a list of micro-batches, through the script's own loop; where it got to."""
     progress = progress or Progress({}, epoch=1)
     checkpoints = SimpleNamespace(is_due=lambda minutes: False, save=lambda *args: None)
-    stop = SimpleNamespace(check=lambda due=False: due)
-    script.train_epoch(engine, iter(batches), model.vision_encoder, progress, checkpoints, stop, constants(**changes))
+    script.train_epoch(
+        engine,
+        iter(batches),
+        model.vision_encoder,
+        progress,
+        checkpoints,
+        Stop(engine.accelerator),
+        constants(**changes),
+    )
     return progress
 
 
@@ -197,7 +206,9 @@ def collated(model, tokenizer, train, step_size, batch_size, group=True, epoch=1
 def test_a_step_is_the_same_however_it_is_cut(tiny, tokenizer, train, group):
     def trained(batch_size):
         model = copy.deepcopy(tiny)
-        optimizer = torch.optim.SGD(model.text_model.parameters(), lr=0.1)  # AdamW makes steps of rounding noise
+        optimizer = torch.optim.SGD(
+            model.text_model.parameters(), lr=0.1, fused=True
+        )  # AdamW makes steps of rounding noise
         progress = train_for(
             engine_of(model, optimizer), model, collated(model, tokenizer, train, 8, batch_size, group)
         )
@@ -219,9 +230,13 @@ def test_a_step_is_adamw_on_the_mean_over_its_answer_tokens(tiny, tokenizer, tra
     numbers = ([0, 1, 2, 3], [8, 9])
     batches = [script.collate(rows_of([train[i] for i in each], 10_000), load) for each in numbers]
     gradients = {}
-    gradient = lambda: gradients.update({n: p.grad.clone() for n, p in model.text_model.named_parameters()})  # noqa: E731
-    monkeypatch.setattr(engine.optimizer, "step", gradient)
-    step = script.train_step(engine, batches, model.vision_encoder, max_grad_norm=0.5)
+
+    def step():
+        for name, p in model.text_model.named_parameters():
+            gradients[name] = p.grad / engine.optimizer.grad_scale
+
+    monkeypatch.setattr(engine.optimizer, "step", step)
+    step = step_of(engine, batches, model.vision_encoder, max_grad_norm=0.5)
 
     examples = [train[i] for each in numbers for i in each]
     expected = sum(plain_losses(tiny, tokenizer, examples, train.pictures)) / sum(len(e.answer_ids) for e in examples)
@@ -253,27 +268,98 @@ def test_the_gradients_length_is_exact_in_bfloat16(shapes):
 def test_a_learning_rate_is_logged_with_the_step_that_it_made(tiny, tokenizer, train):
     engine = engine_of(tiny, lr_schedule="linear", warmup_steps=2, learning_rate=1e-3, steps=5)
     batches = collated(tiny, tokenizer, train, 4, 4)
-    rates = [script.train_step(engine, step, tiny.vision_encoder, 1.0).learning_rate for step in batches]
+    rates = [step_of(engine, step, tiny.vision_encoder, 1.0).learning_rate for step in batches]
     assert rates == pytest.approx([5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
-def test_a_micro_batch_makes_no_one_wait_for_the_device(tiny, tokenizer, train, monkeypatch):
-    """What brings numbers to the host is called as often in a step of four micro-batches as in one of one."""
-    model, calls = copy.deepcopy(tiny), []
-    engine, load = engine_of(model), layer_out(tiny, tokenizer, train)
-    batches = [script.collate(rows_of([train[i], train[i + 1]], 10_000), load) for i in (0, 2, 4, 6)]
+READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero", "cpu", "numpy")
 
-    def counting(name, original):
-        return lambda *args, **more: (calls.append(name), original(*args, **more))[1]
 
-    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero", "cpu", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
-    counts = []
-    for micro_batches in (batches[:1], batches):
-        calls.clear()
-        script.train_step(engine, micro_batches, model.vision_encoder, 1.0)
-        counts.append(list(calls))
-    assert counts[0] == counts[1] and "tolist" in counts[0]
+class NotingReads(TorchDispatchMode):
+    """Notes what brings numbers to the host, by torch's own operators too."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.events.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once_a_step_behind_the_next_ones_passes_and_before_its_update(
+    tiny, tokenizer, train, monkeypatch, as_on_a_card
+):
+    """And processes exchange once a step: three steps of two micro-batches."""
+    engine, load, events = engine_of(tiny), layer_out(tiny, tokenizer, train), []
+    batches = [script.collate(rows_of([train[i], train[i + 1]], 10_000), load) for i in (0, 2, 4, 6, 8, 10)]
+    steps = [batches[:2], batches[2:4], batches[4:]]
+
+    def noting(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **words: (events.append(name), original(*args, **words))[1])
+
+    for name in READS:
+        noting(torch.Tensor, name)
+    noting(engine.accelerator, "reduce")
+    noting(engine.optimizer, "step")
+    tiny.text_model.register_forward_pre_hook(lambda *args: events.append("forward"))
+    with NotingReads(events):
+        for _ in script.train_steps(engine, steps, tiny.vision_encoder, 1.0):
+            events.append("told")
+    passes, update, told = ["forward", "forward"], ["reduce", "step"], ["tolist", "told"]
+    assert events == passes + update + (passes + told + update) * 2 + told
+
+
+def multiplied(factors, *arguments):
+    return image_embeds(*arguments) * next(factors)
+
+
+@pytest.mark.parametrize("place", ["CPU", "card"])
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(tiny, tokenizer, train, request, place):
+    """Of weights, moments, counts, decay that is owed, schedule: all bits are those of a run without it."""
+    if place == "card":
+        request.getfixturevalue("as_on_a_card")
+    batches = [script.collate([[train[i]]], layer_out(tiny, tokenizer, train)) for i in (0, 5, 7)]
+    changes = {"learning_rate": 1e-3, "weight_decay": 2.0**-4, "warmup_steps": 9}  # what is owed decays in the third
+    ends, rates = [], []
+    for lost in (False, True):
+        model = copy.deepcopy(tiny).bfloat16()
+        engine = engine_of(model, **changes)
+        factors = iter([1, math.nan, math.inf, 1, 1] if lost else [1, 1, 1])
+        steps = [[batches[i]] for i in ([0, 1, 2, 1, 2] if lost else [0, 1, 2])]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "image_embeds", partial(multiplied, factors))
+            done = list(script.train_steps(engine, steps, model.vision_encoder, 1.0))
+        assert [step.is_applied for step in done] == ([True, False, False, True, True] if lost else [True] * 3)
+        rates.append([step.learning_rate for step in done if step.is_applied])
+        ends.append((model.state_dict(), engine.optimizer.state_dict(), engine.scheduler.state_dict()))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+    assert rates[0] == rates[1] == pytest.approx([1e-3 / 9, 2e-3 / 9, 3e-3 / 9])
+
+
+def test_a_picture_that_breaks_leaves_the_mean_over_what_is_left(tiny, tokenizer, train):
+    """In a step of two micro-batches, clipped: loss, gradient and tokens are those of a plain loop over the others."""
+    examples = [train[i] for i in (0, 1, 5, 7)]  # on four pictures
+    gone = train.pictures[examples[1].picture].path
+    left = [example for example in examples if train.pictures[example.picture].path != gone]
+    plain = sum(plain_losses(tiny, tokenizer, left, train.pictures)) / sum(len(each.answer_ids) for each in left)
+    plain.backward()
+    norm = torch.nn.utils.clip_grad_norm_(tiny.text_model.parameters(), 0.1)
+    expected = [p.grad.clone() for p in tiny.text_model.parameters()]
+    tiny.zero_grad()
+    gone.unlink()
+    engine, got = engine_of(tiny), []
+    engine.optimizer.step = lambda: got.extend(
+        p.grad / engine.optimizer.grad_scale for p in tiny.text_model.parameters()
+    )
+    load = layer_out(tiny, tokenizer, train)
+    batches = [script.collate(rows_of(each, 10_000), load) for each in (examples[:2], examples[2:])]
+    step = step_of(engine, batches, tiny.vision_encoder, 0.1)
+    assert step.tokens == sum(len(each.answer_ids) for each in left) and len(batches[0]["failed"]) == 1
+    assert step.loss == pytest.approx(plain.item(), abs=1e-6) and step.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-7)
 
 
 def test_a_micro_batch_that_sharing_left_empty_costs_nothing(tiny, tokenizer, train):
@@ -282,7 +368,7 @@ def test_a_micro_batch_that_sharing_left_empty_costs_nothing(tiny, tokenizer, tr
     model.text_model.register_forward_pre_hook(lambda *args: calls.append(1))
     four = [example for example in train if example.picture == train[1].picture]
     batches = [script.collate(rows, load) for rows in ([], [], [four[:2]], [four[2:]])]
-    step = script.train_step(engine, batches, model.vision_encoder, 1.0)
+    step = step_of(engine, batches, model.vision_encoder, 1.0)
     assert len(calls) == 2 and step.tokens == sum(len(example.answer_ids) for example in four)
     expected = sum(plain_losses(tiny, tokenizer, four, train.pictures)) / step.tokens
     assert step.loss == pytest.approx(expected.item(), rel=1e-5)
@@ -292,7 +378,7 @@ def test_a_step_without_tokens_updates_nothing(tiny, tokenizer, train):
     """All its pictures have gone: in step with other processes, but no AdamW step and no move of the schedule."""
     model = copy.deepcopy(tiny)
     engine = engine_of(model, warmup_steps=10)
-    step = script.train_step(engine, [script.collate([], layer_out(tiny, tokenizer, train))], model.vision_encoder, 1.0)
+    step = step_of(engine, [script.collate([], layer_out(tiny, tokenizer, train))], model.vision_encoder, 1.0)
     assert (step.loss, step.tokens, step.is_applied) == (0.0, 0, False)
     assert engine.scheduler.last_epoch == 0
     for name, tensor in model.state_dict().items():
@@ -341,7 +427,7 @@ def losses_in(dtype, tiny, tokenizer, train, folder, optimizer=None):
     """The mean training loss of the last of twelve epochs at a rate whose steps bfloat16 rounds away."""
     model = copy.deepcopy(tiny).to(dtype)
     if optimizer:
-        optimizer = optimizer(model.text_model.parameters(), lr=3e-5, betas=(0.9, 0.999))
+        optimizer = optimizer(model.text_model.parameters(), lr=3e-5, betas=(0.9, 0.999), fused=True)
     engine = engine_of(model, optimizer, learning_rate=3e-5)
     for epoch in range(1, 13):
         progress = train_for(engine, model, collated(model, tokenizer, train, 4, 4, epoch=epoch, folder=folder))
@@ -397,7 +483,7 @@ def test_gradients_are_exchanged_once_in_a_steps_last_backward_pass(tiny, tokeni
     engine, load, waits = engine_of(tiny), layer_out(tiny, tokenizer, train), []
     batches = [script.collate(rows_of([train[i]], 10_000), load) for i in (0, 1, 5)]
     monkeypatch.setattr(engine.accelerator, "no_sync", lambda model: (waits.append(model), nullcontext())[1])
-    script.train_step(engine, batches, tiny.vision_encoder, 1.0)
+    step_of(engine, batches, tiny.vision_encoder, 1.0)
     assert waits == [engine.text_model] * 2
 
 
@@ -414,7 +500,7 @@ def test_all_that_a_loss_takes_goes_to_the_device(tiny, tokenizer, train, monkey
         return logits.sum()
 
     monkeypatch.setattr(F, "cross_entropy", cross_entropy)
-    script.answer_loss(text_model, batch, torch.empty(8, 81, 9, device="meta"), 1, "meta")
+    script.answer_loss(text_model, batch, torch.empty(8, 81, 9, device="meta"), "meta")
     assert len(given) == 6 and {tensor.device.type for tensor in given.values()} == {"meta"}
 
 
