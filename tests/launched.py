@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import finetune_moondream as script
 from moondream2 import launch as processes
-from moondream2.checkpoints import Interrupted, Progress, Stop
+from moondream2.checkpoints import Checkpoints, Interrupted, Progress, Stop
 from moondream2.cli import InputError
 
 NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0}
@@ -67,6 +67,16 @@ def in_float32():
     in_bfloat16()
     load_model = script.load_model
     script.load_model = lambda *arguments: load_model(*arguments).float()
+
+
+def writing_in_background():
+    """Checkpoints are written while training goes on, as on a card."""
+    Checkpoints.in_background = lambda checkpoints, size: True
+
+
+def in_float32_writing_in_background():
+    in_float32()
+    writing_in_background()
 
 
 def count(**more):

@@ -28,6 +28,7 @@ from moondream2.optimizer import build_optimizer, build_scheduler
 from moondream2.output_dir import OutputDir
 from tests.child import Child
 from tests.conftest import TINY, both_releases, untimed
+from tests.launched import writing_in_background
 
 
 @pytest.fixture
@@ -116,7 +117,10 @@ def test_json_has_no_number_that_json_lacks():
 
 @pytest.mark.parametrize("most", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_anywhere_it_goes_on_to_the_same_bits(flags, test_file, tmp_path, most):
-    """kill -9 at seeded random moments, in training, validation, checkpoints, the test and the final save."""
+    """kill -9 at seeded random moments, in training, validation, checkpoints, the test and the final save.
+
+    Checkpoints come by each step or by the end alone, written at once or while training goes on.
+    """
     flags["test_file"] = test_file
     assert Child({**flags, "output_dir": tmp_path / "first", "epochs": 1}, tmp_path / "first.txt").wait() == 0
     started = time.monotonic()
@@ -126,7 +130,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(flags, test_file, tmp_path,
     while kills < most:
         folder, runs = tmp_path / f"killed{runs}", runs + 1
         while not (folder / "config.json").exists() or list(folder.glob("checkpoints/epoch-*")):
-            child = Child({**flags, "output_dir": folder}, tmp_path / "out.txt")
+            flags["checkpoint_minutes"] = draw.choice([1e-6, 1e-3, 1000])
+            setup = draw.choice([None, writing_in_background])
+            child = Child({**flags, "output_dir": folder}, tmp_path / "out.txt", setup=setup)
             if kills < most:
                 child.process.join(draw.uniform(0.2, 1.0) * seconds)
             if child.process.exitcode is None and kills < most:
@@ -172,18 +178,20 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(flags, test_file, run_main
     flags["test_file"] = test_file
     run_main(**{**flags, "output_dir": tmp_path / "whole"})
     monkeypatch.setattr(script, "Stop", StopAt)
-    StopAt.n, stops = 2, 0
+    StopAt.n, stops, said = 2, 0, ""
     while not (tmp_path / "out" / "config.json").exists():
         try:
             run_main(**{**flags, "output_dir": tmp_path / "out", "checkpoint_minutes": 1000})
         except SystemExit as stopped:
             assert stopped.code == 143
-            assert "Stopped by SIGTERM. The same command goes on from there." in capsys.readouterr().out
+            out = capsys.readouterr().out
+            assert "Stopped by SIGTERM. The same command goes on from there." in out
+            said += out
             assert_no_model_or_a_whole_one(tmp_path / "out", flags["model_id"])
             stops += 1
             StopAt.n = 2 + stops % 3
     assert stops > 3
-    assert "Going on in epoch 2 after step" in capsys.readouterr().out
+    assert "Going on in epoch 2 after step" in said
     assert_same_result(tmp_path / "out", tmp_path / "whole")
 
 
@@ -299,6 +307,16 @@ class Trained:
         self.optimizer.zero_grad()
         self.progress.step += 1
 
+    def end_epoch(self, is_best):
+        """A step, with which its epoch ends; returns the weight."""
+        self.step()
+        if is_best:
+            self.progress.best_epoch = self.progress.epoch
+        self.progress.end_epoch({"epoch": self.progress.epoch})
+        if is_best:
+            self.checkpoints.save_best(self.progress)
+        return self.model.weight.detach().clone()
+
     def bits(self):
         """The weights, and how the optimizer stands."""
         groups = [{name: each for name, each in group.items() if name != "params"} for group in self.groups()]
@@ -339,17 +357,56 @@ def names(checkpoints):
 
 
 def test_only_as_many_checkpoints_as_needed(trained):
-    """The newest, with the best weights under a second name, which is no copy."""
-    checkpoints = trained.checkpoints
-    for is_best in (True, False):
+    """The newest, with the weights of its best epoch, which are no copy, and beside it those of a best one since."""
+    checkpoints, progress = trained.checkpoints, trained.progress
+    for epoch in (1, 2):
+        weights = trained.end_epoch(is_best=True)
+        before = [f"epoch-00000{epoch}-step-00000001"] if epoch > 1 else []
+        assert names(checkpoints) == [f"best-epoch-00000{epoch}.safetensors", *before]
+        best = (checkpoints.folder / f"best-epoch-00000{epoch}.safetensors").stat().st_ino
+        checkpoints.save(progress)
+        assert names(checkpoints) == [f"epoch-00000{epoch + 1}-step-00000000"]
+        assert {(checkpoints.newest() / f"{name}.safetensors").stat().st_ino for name in ("best", "model")} == {best}
         trained.step()
-        checkpoints.save(trained.progress, is_best)
-        assert names(checkpoints) == [f"epoch-000001-step-0000000{trained.progress.step}"]
-        best, newest = (checkpoints.newest() / name for name in ("best.safetensors", "model.safetensors"))
-        assert best.samefile(newest) is is_best
-        assert all(torch.equal(each, checkpoints.best_weights()[name]) for name, each in load_file(best).items())
-    with safe_open(best, "pt") as file:
-        assert not torch.equal(file.get_tensor("weight"), trained.model.state_dict()["weight"])
+        checkpoints.save(progress)
+        assert names(checkpoints) == [f"epoch-00000{epoch + 1}-step-00000001"]
+        assert (checkpoints.newest() / "best.safetensors").stat().st_ino == best
+        assert torch.equal(checkpoints.best_weights()["weight"], weights)
+        saved = load_file(checkpoints.newest() / "model.safetensors")["weight"]
+        assert torch.equal(saved, trained.model.weight) and not torch.equal(saved, weights)
+
+
+def test_of_several_best_epochs_since_a_checkpoint_the_last_is_kept(trained):
+    weights = [trained.end_epoch(is_best) for is_best in (True, True, False)]
+    assert names(trained.checkpoints) == ["best-epoch-000002.safetensors"]
+    trained.checkpoints.save(trained.progress)
+    assert names(trained.checkpoints) == ["epoch-000004-step-00000000"]
+    assert torch.equal(trained.checkpoints.best_weights()["weight"], weights[1])
+    assert torch.equal(load_file(trained.checkpoints.newest() / "model.safetensors")["weight"], weights[2])
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_run_that_goes_on_never_finds_a_best_epoch_of_its_future(trained, is_there):
+    """Killed behind one, it comes to that epoch anew, on a card with other sums: here it is not the best any more."""
+    first = trained.end_epoch(is_best=True)
+    if is_there:
+        trained.checkpoints.save(trained.progress)
+    trained.end_epoch(is_best=True)
+    assert "best-epoch-000002.safetensors" in names(trained.checkpoints)
+    again = Trained(trained.checkpoints.output_dir.path)
+    (again.checkpoints.folder / ".best-epoch-000002.safetensors.0123abcd.part").write_text("half")
+    (again.checkpoints.folder / ".epoch-000003-step-00000000.0123abcd.part").mkdir()
+    again.progress = resume(again)
+    assert again.progress.best_epoch == is_there
+    if not is_there:
+        assert not again.checkpoints.folder.exists()
+        return
+    assert names(again.checkpoints) == ["epoch-000002-step-00000000"]
+    again.checkpoints.load()
+    again.end_epoch(is_best=False)
+    again.checkpoints.save(again.progress)
+    assert names(again.checkpoints) == ["epoch-000003-step-00000000"]
+    assert torch.equal(again.checkpoints.best_weights()["weight"], first)
 
 
 def test_what_else_lies_beside_checkpoints_stays(trained):
@@ -360,6 +417,8 @@ def test_what_else_lies_beside_checkpoints_stays(trained):
         for name in ("epoch-best", "notes.txt", ".mine.0123abcd.part"):
             (folder / name).write_text("mine")
         (folder / ".epoch-000001-step-00000009.0123abcd.part").mkdir()  # what a killed run left
+        (folder / ".best-epoch-000001.safetensors.0123abcd.part").write_text("half")
+        (folder / "best-epoch-000001.safetensors").write_text("whole")
     trained.checkpoints.discard()
     assert names(trained.checkpoints) == [".mine.0123abcd.part", "epoch-best", "notes.txt"]
     assert trained.checkpoints.newest() is None
@@ -568,15 +627,29 @@ def test_a_second_run_in_the_same_folder_leaves(flags, run_main):
 
 
 def test_the_best_epoch_is_saved(flags, run_main, monkeypatch, capsys):
-    """With the losses of the run that overfitted: the second epoch's weights, bit for bit, and no others."""
-    losses, seen = [9.0, 1.7609, 1.7252, 1.7986, 1.9750, 2.0121], []
+    """With the losses of the run that overfitted: the second epoch's weights, bit for bit, and no others.
+
+    At the end of an epoch these alone are written, and all that it takes to go on behind the last.
+    """
+    losses, seen, written = [9.0, 1.7609, 1.7252, 1.7986, 1.9750, 2.0121], [], []
+    write_lines = script.OutputDir.write_lines
+
+    def noting(output, name, records):
+        write_lines(output, name, records)
+        folder = output.path / "checkpoints"
+        written.append({path.name: path.stat().st_ino for path in folder.iterdir()} if folder.exists() else {})
 
     def judged(model, *arguments):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return losses[len(seen) - 1], {}
 
     monkeypatch.setattr(script, "evaluate", judged)
-    run_main(**{**flags, "epochs": 5})
+    monkeypatch.setattr(script.OutputDir, "write_lines", noting)
+    run_main(**{**flags, "epochs": 5, "checkpoint_minutes": 1000})
+    first, second = (f"best-epoch-00000{number}.safetensors" for number in (1, 2))
+    assert [[*each] for each in written[:6]] == [[], [first], [second], [second], [second], [second]]
+    assert written[2] == written[5]  # it is not written again
+    assert [*written[6]] == ["epoch-000006-step-00000000"]
     out = capsys.readouterr().out
     assert "Best epoch: 2 of 5 (Validation Avg Loss 1.7252)" in out
     assert "What followed was worse and is not in the saved model: 1.7986, 1.9750, 2.0121" in out
