@@ -77,7 +77,7 @@ MAX_GRAD_NORM: PositiveFloat = 1.0  # longer gradients are scaled down to this
 # Judging and keeping -------------------------------------------------------------------------------------------------
 PATIENCE: MayChange[PositiveInt | None] = None  # stop after so many epochs without a better loss; None: never
 VALID_ANSWERS: NonNegativeInt = 1000  # validation questions answered before training and after each epoch, at most
-CHECKPOINT_MINUTES: MayChange[PositiveFloat] = 15  # between two checkpoints, at most: what a power cut can cost
+CHECKPOINT_MINUTES: MayChange[PositiveFloat] = 15  # between two checkpoints, 8.5 GB each: what a power cut can cost
 OVERWRITE: MayChange[bool] = False  # replace a finished model, or discard a run of other settings, in OUTPUT_DIR
 TRACKER: MayChange[Literal["tensorboard", "wandb", "trackio"] | None] = None  # where losses go besides OUTPUT_DIR
 SEED: NonNegativeInt = 0  # of the order in which examples are drawn
@@ -461,7 +461,7 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
                 take_test(run, train, *tests)
             from_main(accelerator, output.write_lines, "training_log.jsonl", progress.history)
             accelerator.log(log.scores_of_epoch(record), progress.total_steps)
-            if stop.check(checkpoints.is_due(constants.checkpoint_minutes)):
+            if record["epoch"] and stop.check(checkpoints.is_due(constants.checkpoint_minutes)):
                 checkpoints.save(progress)
     merged, is_to_test = None, tests and not progress.is_tested
     if progress.best_epoch and (constants.lora_rank or is_to_test):

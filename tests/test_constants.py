@@ -44,7 +44,7 @@ TABLE = {
     "MAX_GRAD_NORM": (0.1, lambda run: run.gradients == pytest.approx([0.1] * len(run.steps), rel=0.01)),
     "PATIENCE": (2, lambda run: run.epochs_without_a_better_one == 2),
     "VALID_ANSWERS": (4, lambda run: len(run.answered) == 4),
-    "CHECKPOINT_MINUTES": (1e-6, lambda run: run.saves == len(run.steps) + len(run.log) + 1),
+    "CHECKPOINT_MINUTES": (1e-6, lambda run: run.saves == len(run.steps) + len(run.log)),
     "OVERWRITE": (True, lambda run: run.may_begin_again),
     "TRACKER": ("tensorboard", lambda run: any(name.startswith(f"other_out/{launch.TRACKED}/") for name in run.made)),
     "SEED": (7, lambda run: is_shuffled(run, 7) and run.answered == drawn(run, 7, 4)),
