@@ -222,8 +222,7 @@ class Checkpoints:
         """Saves where the run stands; returns when that is done if it is to be `at_once`. Called by all processes."""
         if from_main(self.accelerator, self.is_saved, progress):
             return
-        weights = whole_state(self.accelerator, self.model, ignore_frozen_params=True)
-        scaler = self.accelerator.scaler
+        weights, scaler = self.weights(), self.accelerator.scaler
         state = {"optimizer": None, "scheduler": self.scheduler.state_dict(), "scaler": scaler and scaler.state_dict()}
         if self.optimizer.state:  # asked for its state before it has one, torch makes one by a step, which is counted
             options = StateDictOptions(full_state_dict=True, cpu_offload=self.accelerator.is_fsdp2)
@@ -234,8 +233,11 @@ class Checkpoints:
     def save_best(self, progress):
         """Saves the weights of the best epoch, which has just ended. Called by all processes."""
         from_main(self.accelerator, self.join)
-        weights = whole_state(self.accelerator, self.model, ignore_frozen_params=True)
-        from_main(self.accelerator, self.keep, self.write_best, (progress.best_epoch, weights))
+        from_main(self.accelerator, self.keep, self.write_best, (progress.best_epoch, self.weights()))
+
+    def weights(self):
+        """{name: tensor} of what is trained; in the main process whole. Called by all processes."""
+        return whole_state(self.accelerator, self.model, ignore_frozen_params=True)
 
     def join(self):
         """Waits for what is being written; raises what went wrong with it."""

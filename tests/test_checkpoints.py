@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from concurrent.futures import wait
 from contextlib import nullcontext
 from functools import partial
 from threading import Event, Timer
@@ -524,14 +525,14 @@ def in_background(trained, monkeypatch):
     checkpoints, trained.may_write, trained.written = trained.checkpoints, Event(), []
 
     def when_it_may(write, *what):
-        trained.written.append("begins")
         assert trained.may_write.wait(60)
+        time.sleep(0.02)
         write(*what)
         trained.written.append("ends")
 
     for name in ("write", "write_best"):
         monkeypatch.setattr(checkpoints, name, partial(when_it_may, getattr(checkpoints, name)))
-    monkeypatch.setattr(Checkpoints, "in_background", lambda self, size: True)
+    monkeypatch.setattr(Checkpoints, "in_background", lambda self, size: trained.written.append("begins") is None)
     yield trained
     trained.may_write.set()
 
@@ -554,6 +555,7 @@ def test_what_is_written_is_what_it_was_when_it_was_saved(in_background):
 
 
 def test_one_is_written_at_a_time(in_background):
+    """And memory holds one copy: the next is made when that is written."""
     trained, checkpoints = in_background, in_background.checkpoints
     trained.may_write.set()
     trained.step()
@@ -584,8 +586,8 @@ def test_what_can_not_be_written_is_said_at_the_next_safe_place(in_background, m
     checkpoints.save(trained.progress)
     with pytest.raises(InputError, match=r"cannot write .*epoch-000001-step-00000001: No space left on device"):
         if then == "is_due":
-            while not checkpoints.is_due(1000):
-                time.sleep(0.01)
+            wait([checkpoints.writing])
+            checkpoints.is_due(1000)
         elif then == "at the end":
             with checkpoints.saved_at_the_end(trained.progress):
                 pass
