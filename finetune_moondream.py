@@ -28,6 +28,7 @@ from moondream2 import adapters, cli, log
 from moondream2.card import how_to_ask, model_card
 from moondream2.checkpoints import Checkpoints, Interrupted, Progress, Stop, resume_or_start, settings_of
 from moondream2.cli import InputError, MayChange, Share
+from moondream2.compilation import compile_layers
 from moondream2.data import Example, hold_out, read_lines, tokenize
 from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_new_tokens
 from moondream2.features import FeatureStore, image_embeds, keep_features
@@ -64,6 +65,7 @@ LORA_RANK: PositiveInt | None = None  # None: every weight; 16: adapters, alpha 
 # The machine ---------------------------------------------------------------------------------------------------------
 GRAD_ACCUM_STEPS: PositiveInt = 1  # micro-batches in an optimizer step
 GRADIENT_CHECKPOINTING: MayChange[bool] = False  # True: a third slower and leaner, by computing activations twice
+COMPILE: MayChange[bool] = False  # True: fewer, larger kernels on a GPU, after a minute or two; for long runs
 GROUP_BY_PICTURE: bool = True  # draw a picture's questions together: faster, as they share it; losses were no worse
 FEATURES_DIR: MayChange[str | None] = "./picture_features"  # the encoder's results, 3 MB a picture; None: not kept
 
@@ -262,6 +264,8 @@ def build_engine(model, accelerator, steps, constants):
     """AdamW over the text model's parameters, its schedule, and accelerate's preparations for one or several GPUs."""
     if constants.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    if constants.compile:
+        compile_layers(model.text_model, accelerator.is_fsdp2)
     optimizer = build_optimizer(model.text_model, constants.learning_rate, constants.weight_decay, constants.betas)
     scheduler = build_scheduler(optimizer, constants.lr_schedule, constants.warmup_steps, steps)
     text_model, optimizer = accelerator.prepare(model.text_model, optimizer)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from moondream2.files import write_whole
 from moondream2.launch import gather
 from moondream2.modeling_moondream2 import PIXELS_VERSION
-from moondream2.pictures import BrokenPicture, PictureError, examine, pixels_of, read_ahead
+from moondream2.pictures import THREADS, BrokenPicture, PictureError, examine, pixels_of, read_ahead
 
 # Pictures that go through the encoder together: always the same ones, though some be stored already, so that a resumed
 # pass computes the same bits; and those of one data file, so that a TEST_FILE moves none of the others' bits.
@@ -93,7 +93,7 @@ class FeatureStore:
         return self.pinned(pixels_of(picture, self.preprocess))
 
     def pinned(self, tensors):
-        """A tensor or a tuple of tensors, as it is copied to the device fastest."""
+        """Tensors, in whatever they stand, as they are copied to the device while it works."""
         return tree_map(torch.Tensor.pin_memory, tensors) if self.is_pinned else tensors
 
     def save_all(self, features):
@@ -202,7 +202,7 @@ def encode_pictures(chunks, vision_encoder, store, together=iter, show=True):
             return error, []
 
     unusable = {}
-    read = read_ahead(decode, chain(*chunks), ahead=2 * CHUNK)
+    read = read_ahead(decode, chain(*chunks), ahead=2 * CHUNK + THREADS)
     # The device goes on while the chunk before is written.
     with contextlib.closing(read) as decoded, ThreadPoolExecutor(1) as writer:
         written = writer.submit(int)

@@ -32,7 +32,9 @@ MAX_JPEG_PIXELS = 4 * MAX_PIXELS  # as stored: it is decoded at half its width a
 MAX_PNG_TEXT = 2**26  # bytes of a PNG's colour profile or a text in it; Pillow's own limit is 2**20
 LEAST_ROWS = 0.95  # of a JPEG that lacks its last bytes; with fewer it is broken
 HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # in bytes 8 to 12 of such files
-THREADS = min(8, os.cpu_count() or 1)  # that read and decode: both leave Python to the other threads meanwhile
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# Threads that read and decode: both leave Python to the other threads meanwhile. A machine's processes share its cores.
+THREADS = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 LONGEST_SHOWN = 80  # characters of a picture's path, in a reason
 NOT_FOUND = "picture not found"
 LEAST_CONTRAST = 16  # of 255 levels, in any colour: 12 bits that were exported as 16 have 15
@@ -385,7 +387,7 @@ def is_entry(value):
     return isinstance(value, list) and [type(each) for each in value] == [int, int, str, int, int]
 
 
-def read_ahead(function, items, threads=THREADS, ahead=2 * THREADS):
+def read_ahead(function, items, threads=THREADS, ahead=THREADS + 8):
     """Yields `function(item)` for each item, in order; threads compute up to `ahead` of them before they are asked for.
 
     What `function` raises is raised where its result would be. When nobody asks any more (`close`), what has not begun

@@ -201,7 +201,7 @@ def lay_out(rows, pictures, store, bos, image_tokens, multiple=1):
     texts = [[(example.prompt_ids, example.answer_ids) for example in row] for row in readable]
     # Where nothing can be read, one position without a picture keeps this process in step with the others.
     layout = lay_out_rows(texts, bos, image_tokens, multiple) if texts else lay_out_rows([[]], bos, 0)
-    return {**layout, "rows": readable, "pictures": reads, "failed": failed}
+    return {**store.pinned(layout), "rows": readable, "pictures": reads, "failed": failed}
 
 
 def text_inputs(batch, device):

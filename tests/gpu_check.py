@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 import finetune_moondream as script
 from moondream2 import check, cli
 from moondream2.checkpoints import Progress
+from moondream2.compilation import compile_layers
 from moondream2.features import CHUNK, FeatureStore, encode_pictures, image_embeds
 from moondream2.machine import row_multiple, set_up_torch, training_dtype, what_it_runs_on
 from moondream2.modeling_moondream2 import MoondreamConfig, TextModel, VisionEncoder, row_mask
@@ -39,6 +40,7 @@ from tests.recipe import fill, fill_module, picture
 from tests.test_golden import BOS, GOLDEN, TEXT
 
 PICTURES, QUESTIONS = 16, 4  # of the steps that are timed, and questions on each picture
+COMPILED = "with COMPILE"
 GIB = 2**30
 
 
@@ -187,8 +189,11 @@ def rates(table, side):
         ("rows not padded", 1, False, text_inputs),
         ("a mask over whole rows", 64, False, dense_inputs),
         ("with cuDNN's attention", 64, True, text_inputs),
+        (COMPILED, 64, False, text_inputs),
     ):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        if name == COMPILED:
+            compile_layers(side.model.text_model)
         if side.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with patch.object(script, "text_inputs", inputs):

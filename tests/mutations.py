@@ -6,6 +6,7 @@ The suite itself should be green before. A change that hangs counts as seen.
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -23,7 +26,7 @@ from moondream2.cli import InputError
 
 ROOT = Path(__file__).parent.parent
 LIST = Path(__file__).with_suffix(".txt")
-PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider"]
+WORDS = ["-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider"]  # for pytest
 TIMEOUT = 300  # seconds
 
 
@@ -67,20 +70,36 @@ def copy_of_project(folder):
     return Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=shutil.ignore_patterns(*ignored)))
 
 
-def seen_by(change):
-    """(the test that fails with this change, None where none does; the seconds it took)."""
-    started = time.monotonic()
+class Pytest:
+    """A process of tests/forked.py."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self.process = subprocess.Popen([sys.executable, "tests/forked.py"], cwd=ROOT, env=environment, **pipes)
+
+    def run(self, *task):
+        print(json.dumps(task), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+
+def seen_by(change, idle):
+    """(the test that fails with this change, None where none does; the seconds it took).
+
+    Args:
+        idle: a queue of Pytest, of which one is taken meanwhile.
+    """
+    started, pytest = time.monotonic(), idle.get()
     with TemporaryDirectory() as folder:
         copy = copy_of_project(folder)
         (copy / change.file).write_text(change.changed(), encoding="utf-8")
-        command, environment = [*PYTEST, *shlex.split(change.tests)], {**os.environ, "OMP_NUM_THREADS": "1"}
-        try:
-            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            return "it hangs", TIMEOUT
-    if done.returncode not in (0, 1):  # no tests were found, or they can't be imported
-        raise InputError(f"{change}\n{done.stdout}{done.stderr}")
-    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", done.stdout, re.MULTILINE)
+        status, printed = pytest.run(str(copy), [*WORDS, *shlex.split(change.tests)], TIMEOUT)
+    idle.put(pytest)
+    if status is None:
+        return "it hangs", TIMEOUT
+    if status not in (0, 1):  # no tests were found, or they can't be imported
+        raise InputError(f"{change}\n{printed}")
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", printed, re.MULTILINE)
     return failed and failed[1], time.monotonic() - started
 
 
@@ -95,9 +114,11 @@ def main():
         for change in changes:
             change.changed()
         return
-    started, unseen = time.monotonic(), 0
+    started, unseen, idle = time.monotonic(), 0, SimpleQueue()
+    for _ in range(words.jobs):
+        idle.put(Pytest())
     with ThreadPoolExecutor(words.jobs) as pool:
-        for change, (test, seconds) in zip(changes, pool.map(seen_by, changes), strict=True):
+        for change, (test, seconds) in zip(changes, pool.map(partial(seen_by, idle=idle), changes), strict=True):
             print(f"{change}\n    {f'seen by {test}' if test else 'UNSEEN'}, {seconds:.0f} s", flush=True)
             unseen += test is None
     print(f"{len(changes)} changes, {len(changes) - unseen} seen, {time.monotonic() - started:.0f} s")

@@ -35,6 +35,7 @@ TABLE = {
     "LORA_RANK": (4, lambda run: sum(p.numel() for group in run.groups for p in group["params"]) == 4 * 3 * 16 * 192),
     "GRAD_ACCUM_STEPS": (2, lambda run: len(run.steps[0].batches) == 2),
     "GRADIENT_CHECKPOINTING": (True, lambda run: all(step.layer_calls == 2 * len(step.batches) for step in run.steps)),
+    "COMPILE": (True, lambda run: run.compiled),
     "GROUP_BY_PICTURE": (False, lambda run: is_shuffled(run, run.constants.seed)),
     "FEATURES_DIR": ("other_features", lambda run: {"known_pictures.json", 9} <= in_folder(run, "other_features")),
     "LR_SCHEDULE": ("linear", lambda run: run.steps[-1].learning_rate == pytest.approx(1e-3 / (2 * STEPS - 1))),
@@ -92,7 +93,7 @@ def folder(tmp_path_factory):
 
 def run_in(folder, *flags):
     """A run of `main` with these flags, and all that TABLE asks of it."""
-    run = SimpleNamespace(loaded=[], read=[], steps=[], gradients=[], saves=0, layers=0)
+    run = SimpleNamespace(loaded=[], read=[], steps=[], gradients=[], saves=0, layers=0, compiled=False)
     before = files_in(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -159,6 +160,7 @@ def watch(run, patch):
     noting(script, "whole_rows", lambda examples, prefix, pictures, most: vars(run).update(judged=pictures))
     noting(script.Checkpoints, "save", lambda *args, **words: vars(run).update(saves=run.saves + 1))
     noting(optimizer.AdamW, "step", note_gradient)
+    patch.setattr(script, "compile_layers", lambda *args: vars(run).update(compiled=True))
     patch.setattr(script, "load_model", load_model)
     patch.setattr(script, "train_step", train_step)
     patch.setattr(script, "most_new_tokens", lambda *arguments: 2)

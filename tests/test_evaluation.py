@@ -120,6 +120,12 @@ def test_the_keys_and_values_of_one_batch_are_held(tiny, tokenizer, valid, monke
     assert alive == [0] * len(valid)
 
 
+def test_what_is_compiled_for_training_is_not_run(tiny, tokenizer, valid):
+    for layer in tiny.text_model.layers:
+        layer.compile(backend=lambda *arguments: pytest.fail("compiled"))
+    evaluate(tiny, tokenizer, batches_of(tiny, tokenizer, valid, 4), {valid[0].key})
+
+
 def test_in_bfloat16_the_loss_is_that_of_its_logits_in_float32(tiny, tokenizer, valid):
     logits, targets = [], [token for example in valid for token in example.answer_ids]
     tiny.bfloat16().text_model.lm_head.linear.register_forward_hook(lambda module, args, out: logits.append(out))

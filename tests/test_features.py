@@ -23,6 +23,7 @@ from moondream2.cli import InputError
 from moondream2.features import FeatureStore, image_embeds, keep_features
 from moondream2.modeling_moondream2 import PIXELS_VERSION, preprocess
 from moondream2.pictures import CLIPPED, CUT, FLAT, SCALED, PictureError, examine, look, pixels_of
+from moondream2.rows import lay_out
 from tests.child import Child, Children
 from tests.conftest import ROOT, TINY, draw_picture
 
@@ -436,6 +437,10 @@ def test_for_a_gpu_what_is_read_is_pinned_by_whoever_reads(pictures, store, keep
     store.is_pinned = True
     (features, _), (_, pixels) = map(store.read, pictures[:2])
     assert pinned == [features.shape, pixels.shape]
+    pinned.clear()
+    layout = lay_out([], {}, store, bos=0, image_tokens=0)
+    tensors = [each.shape for each in layout.values() if isinstance(each, torch.Tensor)]
+    assert pinned == tensors and len(tensors) == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def test_it_works():
         "| steps, rows not padded",
         "| steps, a mask over whole rows",
         "| steps, with cuDNN's attention",
+        "| steps, with COMPILE",
         "| peak by the arithmetic of docs/memory.md",
         "| a run that is stopped and goes on: its last loss",
         "| two processes, DDP: its last loss",

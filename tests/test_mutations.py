@@ -7,7 +7,7 @@ import pytest
 import finetune_moondream as script
 from moondream2 import cli
 from moondream2.cli import InputError
-from tests import mutations
+from tests import forked, mutations
 from tests.conftest import ROOT
 from tests.mutations import Change, read_changes
 
@@ -33,7 +33,8 @@ def test_a_change_whose_words_have_gone_is_stale():
 
 @pytest.mark.parametrize("test", ["test_run.py::test_it", None])
 def test_a_change_that_no_test_sees_is_told_and_gives_status_1(monkeypatch, capsys, test):
-    monkeypatch.setattr(mutations, "seen_by", lambda change: (test, 2.0))
+    monkeypatch.setattr(mutations, "seen_by", lambda change, idle: (test, 2.0))
+    monkeypatch.setattr(mutations, "Pytest", lambda: None)
     monkeypatch.setattr(sys, "argv", ["mutations.py", "--only", "gpu.*report.py"])
     with pytest.raises(SystemExit) as ended:
         mutations.main()
@@ -41,3 +42,14 @@ def test_a_change_that_no_test_sees_is_told_and_gives_status_1(monkeypatch, caps
     _, line, total = capsys.readouterr().out.splitlines()
     assert line.strip() == (f"seen by {test}, 2 s" if test else "UNSEEN, 2 s")
     assert total.startswith(f"1 changes, {1 if test else 0} seen, ")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [("assert True", 0), ("assert name == 'other'", 1), ("while True: pass", None)]
+)
+def test_pytest_runs_in_a_folder_of_its_own_and_is_ended_where_it_hangs(tmp_path, body, status):
+    (tmp_path / "test_it.py").write_text(f"import pathlib\nname = pathlib.Path().absolute().name\ndef test(): {body}\n")
+    found, printed = forked.run(str(tmp_path), [*mutations.WORDS, "test_it.py"], 3 if status is None else 100)
+    assert found == status
+    assert ("1 passed" in printed) == (status == 0)
+    assert ("== 'other'" in printed) == (status == 1)

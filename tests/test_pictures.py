@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -568,6 +569,13 @@ def test_results_come_in_order_from_several_threads():
 
     items, threads = zip(*read_ahead(meet, range(9), threads=3, ahead=6), strict=True)
     assert list(items) == list(range(9)) and len(set(threads)) == 3 and threading.get_ident() not in threads
+
+
+def test_all_cores_read_and_a_machines_processes_share_them(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    for processes, threads in ((1, 12), (4, 3), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert runpy.run_path(pictures.__file__)["THREADS"] == threads
 
 
 def test_no_more_than_asked_for_is_read_ahead():

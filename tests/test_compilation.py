@@ -1,0 +1,107 @@
+"""COMPILE: compiled layers compute what layers do, all of it is compiled before training, and failing is said."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from moondream2 import adapters
+from moondream2.compilation import compile_layers
+from moondream2.modeling_moondream2 import lay_out_rows, row_mask
+from tests.conftest import TINY, TINY_2025, both_releases, constants
+
+ROWS = [[1], [3], [1, 1, 1], [2, 1], [2, 2, 2]]  # the questions of each row of a micro-batch
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def deep(tiny):
+    """A model two of whose four layers are compiled."""
+    tiny.text_model.layers.insert(1, copy.deepcopy(tiny.text_model.layers[1]))
+    return tiny.train()
+
+
+def results(model):
+    """For each kind of micro-batch the logits and the length of each gradient."""
+    found, image_tokens = [], model.config.image_tokens
+    for n, questions in enumerate(ROWS):
+        texts = [[(list(range(20, 25 + n + k)), [7, 8 + n]) for k in range(asked)] for asked in questions]
+        rows = lay_out_rows(texts, 0, image_tokens)
+        mask = row_mask(rows["document_ids"], 1 + image_tokens) if max(questions) > 1 else None
+        torch.manual_seed(n)
+        embeds = torch.randn(len(questions), image_tokens, model.config.text_config.hidden_size)
+        inputs = {name: rows[name] for name in ("input_ids", "position_ids", "answer_positions")}
+        model.zero_grad()
+        logits = model.text_model(**inputs, attention_mask=mask, image_embeds=embeds).logits
+        logits.square().mean().backward()
+        norms = [p.grad.norm() for p in model.text_model.parameters() if p.grad is not None]
+        found.append((logits.detach(), torch.stack(norms)))
+    return found
+
+
+def assert_the_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        for each, plain in zip(one, other, strict=True):
+            torch.testing.assert_close(each, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@both_releases
+def test_compiled_layers_say_the_same_and_all_is_compiled_before(deep, capsys):
+    """Once for all layers. Whoever evaluates meets the layers as they are."""
+    expected, counter = results(deep), CompileCounterWithBackend("aot_eager")
+    compile_layers(deep.text_model, backend=counter)
+    out, err = capsys.readouterr()
+    assert out.startswith("COMPILE: the layers are compiled, in ") and not err
+    assert all(p.grad is None for p in deep.text_model.parameters())
+    graphs, operations = counter.frame_count, counter.op_count
+    assert 4 <= graphs <= 5  # one row or several, with and without a mask; the first for one length alone
+    assert_the_same(results(deep), expected)
+    assert (counter.frame_count, counter.op_count) == (graphs, operations)
+    assert [layer._compiled_call_impl is None for layer in deep.text_model.layers] == [True, False, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiles for this machine's CPU, which takes g++")
+@pytest.mark.parametrize(
+    ("small_model", "rank", "is_checkpointed"), [(TINY, None, False), (TINY_2025, 4, True)], indirect=["small_model"]
+)
+def test_kernels_say_the_same(deep, rank, is_checkpointed, capsys):
+    """Of every weight, and of adapters with GRADIENT_CHECKPOINTING, by the compiler that a run uses."""
+    deep.vision_encoder.requires_grad_(False)
+    if rank:
+        adapters.add(deep, constants(lora_rank=rank))
+    if is_checkpointed:
+        deep.activation_checkpointing_enable()
+    expected = results(deep)
+    compile_layers(deep.text_model)
+    assert capsys.readouterr().out.startswith("COMPILE: the layers are compiled, in ")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_the_same(results(deep), expected)
+
+
+def test_where_it_fails_a_line_says_so_and_layers_run_as_they_are(deep, capsys):
+    def broken(*arguments, **settings):
+        raise RuntimeError("no compiler\nand more")
+
+    expected = results(deep)
+    compile_layers(deep.text_model, backend=broken)
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("COMPILE is in vain, layers run uncompiled: torch.compile failed: ")
+    assert "no compiler" in err and err.count("\n") == 1
+    assert all(layer._compiled_call_impl is None for layer in deep.text_model.layers)
+    assert_the_same(results(deep), expected)
+
+
+def test_what_is_sharded_is_left_as_it_is(deep, capsys):
+    compile_layers(deep.text_model, is_sharded=True)
+    assert capsys.readouterr().out == "COMPILE is left out: with FSDP it was never tried\n"
+    assert all(layer._compiled_call_impl is None for layer in deep.text_model.layers)
