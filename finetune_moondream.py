@@ -79,7 +79,7 @@ MAX_GRAD_NORM: PositiveFloat = 1.0  # longer gradients are scaled down to this
 # Judging and keeping -------------------------------------------------------------------------------------------------
 PATIENCE: MayChange[PositiveInt | None] = None  # stop after so many epochs without a better loss; None: never
 VALID_ANSWERS: NonNegativeInt = 1000  # validation questions answered before training and after each epoch, at most
-CHECKPOINT_MINUTES: MayChange[PositiveFloat] = 15  # between two checkpoints, at most: what a power cut can cost
+CHECKPOINT_MINUTES: MayChange[PositiveFloat] = 15  # between two checkpoints, 8.5 GB each: what a power cut can cost
 OVERWRITE: MayChange[bool] = False  # replace a finished model, or discard a run of other settings, in OUTPUT_DIR
 TRACKER: MayChange[Literal["tensorboard", "wandb", "trackio"] | None] = None  # where losses go besides OUTPUT_DIR
 SEED: NonNegativeInt = 0  # of the order in which examples are drawn
@@ -384,10 +384,9 @@ def finish(constants, progress, checkpoints, output, merged, model, tokenizer, t
     output.write_lines("training_log.jsonl", progress.history)  # a run may have been killed before it wrote the last
     sets, device = sets_of(progress, train, valid, test), model.get_input_embeddings().weight.device
     output.write_lines("predictions.jsonl", sets[0]["predictions"])
+    output.remove("test_predictions.jsonl")  # of a run that this one replaces
     if test:
         output.write_lines("test_predictions.jsonl", sets[1]["predictions"])
-    else:
-        output.remove("test_predictions.jsonl")  # of a run that this one replaces
     log.verdict(sets)
     write_report(output.own("report.html"), facts_of_run(constants, progress, train, valid, sets, device, test))
     card = model_card(constants, progress, train, valid, test)
@@ -444,7 +443,7 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
     run = prepare(constants, accelerator, checkpoints, stop)
     progress, sampler, (train, valid, *tests) = run.progress, run.sampler, run.datasets  # tests: one or none
     asked, baseline = draw_questions(valid, constants.valid_answers, constants.seed), baseline_accuracy(train, valid)
-    with checkpoints.saved_if_stopped(progress):
+    with checkpoints.saved_at_the_end(progress):
         while progress.goes_on(constants.epochs, constants.patience):
             clock = time.monotonic() - progress.seconds
             if progress.epoch:
@@ -457,13 +456,14 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
             record, is_best = finish_epoch(progress, loss, answers, valid, time.monotonic() - clock)
             record.update(run.pace.figures(progress))
             log.epoch(record, progress.history[0], baseline, constants, run.pace)
-            if record["epoch"]:
-                checkpoints.save(progress, is_best)
-            elif tests:
+            if is_best:
+                checkpoints.save_best(progress)
+            elif tests and not record["epoch"]:
                 take_test(run, train, *tests)
-            if accelerator.is_main_process:
-                output.write_lines("training_log.jsonl", progress.history)
+            from_main(accelerator, output.write_lines, "training_log.jsonl", progress.history)
             accelerator.log(log.scores_of_epoch(record), progress.total_steps)
+            if record["epoch"] and stop.check(checkpoints.is_due(constants.checkpoint_minutes)):
+                checkpoints.save(progress)
     merged, is_to_test = None, tests and not progress.is_tested
     if progress.best_epoch and (constants.lora_rank or is_to_test):
         checkpoints.load_best()

@@ -70,8 +70,8 @@ def check(constants):
         f"On the card: {(held + activations) / GIB:,.1f} GiB by the arithmetic of docs/memory.md, "
         f"{held / GIB:,.1f} for weights, gradients and AdamW, {activations / GIB:,.1f} for activations"
     )
-    # A checkpoint, the weights of the best epoch in it, and the next one before the first is removed.
-    kept = (2 * CHECKPOINTED_ADAPTER + 4 if constants.lora_rank else 2 * CHECKPOINTED + WEIGHT) * trained
+    # A checkpoint and its best epoch's weights, the best's since then, and the next one before the first is removed.
+    kept = 2 * (CHECKPOINTED_ADAPTER + 4 if constants.lora_rank else CHECKPOINTED + WEIGHT) * trained
     for line in disk(constants, len({key for each in datasets for key in each.pictures}), config, kept, all_weights):
         print(line)
     print("A run with these constants would begin.")

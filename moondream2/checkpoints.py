@@ -1,6 +1,7 @@
 """What makes a run survive: checkpoints to go on from, and signals that end it at a safe place."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import secrets
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -23,11 +25,14 @@ from torch.distributed.checkpoint.state_dict import (
 from moondream2.cli import InputError
 from moondream2.files import is_finite, name_of_unfinished, remove, remove_whole, to_json, write_text, write_whole
 from moondream2.launch import any_true, from_main, whole_state, with_heartbeat
+from moondream2.machine import free_memory
 from moondream2.modeling_moondream2 import Answer
 
 VERSION = 3  # of what a checkpoint holds
 WAY_OUT = ": give another OUTPUT_DIR, or discard that run by --overwrite true"
 CHECKPOINT = re.compile(r"epoch-\d{6}-step-\d{8}")
+BEST = re.compile(r"best-epoch-\d{6}\.safetensors")
+ROOM = 2 << 30  # bytes of the host's memory that a copy leaves free
 
 
 class Interrupted(Exception):
@@ -169,6 +174,11 @@ class Progress:
         """Whether the test file was answered by the weights that are saved; it has no say, so training is over then."""
         return self.best_epoch > 0 and "test_loss" in self.history[self.best_epoch]
 
+    @property
+    def is_at_best(self):
+        """Whether no step was done since the end of the best epoch."""
+        return self.step == 0 and 0 < self.best_epoch == self.epoch - 1
+
     def require_best(self):
         """Raises InputError where no epoch was the best, so that there is no model to save."""
         if not self.best_epoch:
@@ -182,12 +192,19 @@ class Checkpoints:
     """The checkpoints of a run, in a folder of OUTPUT_DIR: one whole one, and beside it the next while it is written.
 
     A checkpoint is a folder with `model.safetensors` and `optimizer.pt`, the weights that are trained and the states of
-    optimizer and schedule, `progress.json`, and `best.safetensors`, the weights of the best epoch so far: a hard link,
-    which costs nothing. It is the same for any number of processes, sharded or not; only the main one touches it.
+    optimizer and schedule, `progress.json`, and `best.safetensors`, the weights of the best epoch until there: a hard
+    link, which costs nothing. It is the same for any number of processes, sharded or not; only the main one touches it.
+
+    A best epoch that has ended since lies beside it as `best-epoch-000003.safetensors` until the next checkpoint links
+    it. A run that goes on from a checkpoint comes to such an epoch anew, and removes what is of its future.
+
+    On a card all is written by a thread, from a copy in the host's memory, while training goes on. One is written at a
+    time; what went wrong is raised by the next `is_due`, `save` or `save_best`. A run that ends waits for the rest.
     """
 
     def __init__(self, output_dir):
         self.output_dir, self.folder = output_dir, output_dir.path / "checkpoints"
+        self.thread, self.writing = ThreadPoolExecutor(1), None  # what it writes: a Future
 
     def watch(self, accelerator, model, optimizer, scheduler):
         """Says what is saved and loaded: what `accelerator.prepare` gave, and the schedule."""
@@ -204,48 +221,97 @@ class Checkpoints:
 
     def is_due(self, minutes):
         """Whether the last one was saved, or the run began, so many minutes ago."""
+        if self.writing and self.writing.done():
+            self.join()
         return time.monotonic() - self.saved_at >= 60 * minutes
 
-    def save(self, progress, is_best=False):
-        """Saves where the run stands; `is_best` if these weights are the best so far. Called by all processes."""
-        weights = whole_state(self.accelerator, self.model, ignore_frozen_params=True)
-        scaler = self.accelerator.scaler
+    def save(self, progress, at_once=False):
+        """Saves where the run stands; returns when that is done if it is to be `at_once`. Called by all processes."""
+        if from_main(self.accelerator, self.is_saved, progress):
+            return
+        weights, scaler = self.weights(), self.accelerator.scaler
         state = {"optimizer": None, "scheduler": self.scheduler.state_dict(), "scaler": scaler and scaler.state_dict()}
         if self.optimizer.state:  # asked for its state before it has one, torch makes one by a step, which is counted
             options = StateDictOptions(full_state_dict=True, cpu_offload=self.accelerator.is_fsdp2)
             state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=options)
-        from_main(self.accelerator, self.write, weights, state, progress, is_best)
+        from_main(self.accelerator, self.keep, self.write, (progress, weights, state), at_once)
         self.saved_at = time.monotonic()
 
-    def write(self, weights, state, progress, is_best):
-        before = self.newest()
+    def save_best(self, progress):
+        """Saves the weights of the best epoch, which has just ended. Called by all processes."""
+        from_main(self.accelerator, self.join)
+        from_main(self.accelerator, self.keep, self.write_best, (progress.best_epoch, self.weights()))
+
+    def weights(self):
+        """{name: tensor} of what is trained; in the main process whole. Called by all processes."""
+        return whole_state(self.accelerator, self.model, ignore_frozen_params=True)
+
+    def join(self):
+        """Waits for what is being written; raises what went wrong with it."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+    def is_saved(self, progress):
+        self.join()
+        return self.newest() == self.path_of(progress)
+
+    def path_of(self, progress):
+        return self.folder / f"epoch-{progress.epoch:06d}-step-{progress.step:08d}"
+
+    def path_of_best(self, epoch):
+        return self.folder / f"best-epoch-{epoch:06d}.safetensors"
+
+    def keep(self, write, what, at_once=False):
+        """Writes it at once, or a copy of it, which training doesn't change, while training goes on."""
+        device = self.accelerator.device.type
         self.output_dir.own(self.folder.name).mkdir(exist_ok=True)
-        path = self.folder / f"epoch-{progress.epoch:06d}-step-{progress.step:08d}"
-        if path == before:
-            return
+        if at_once or not self.in_background(bytes_on(device, what)):
+            write(*what)
+        else:
+            self.writing = self.thread.submit(write, *copy_of(device, what))
+
+    def in_background(self, size):
+        """Whether training goes on meanwhile: on a card, where the host's memory has room for a copy of that size."""
+        return self.accelerator.device.type == "cuda" and size + ROOM <= free_memory()
+
+    def write(self, progress, weights, state):
+        path = self.path_of(progress)
         with write_whole(path) as beside:
             beside.mkdir()
-            save_file(weights, beside / "model.safetensors")
+            best, model = beside / "best.safetensors", beside / "model.safetensors"
+            if progress.best_epoch:
+                newer = self.path_of_best(progress.best_epoch)
+                link(newer if newer.exists() else self.newest() / best.name, best)
+            if progress.is_at_best:
+                link(best, model)
+            else:
+                save_file(weights, model)
             torch.save(state, beside / "optimizer.pt")
-            best = beside / "model.safetensors" if is_best else before and before / "best.safetensors"
-            if best and best.exists():
-                link(best, beside / "best.safetensors")
             (beside / "progress.json").write_text(text_of(progress), encoding="utf-8")
         self.remove_all_but(path)
+
+    def write_best(self, epoch, weights):
+        """Puts it beside the newest checkpoint, not flushed: a run that dies goes on from there and won't read it."""
+        self.remove_all_but(self.newest())
+        with write_whole(self.path_of_best(epoch), durable=False) as beside:
+            save_file(weights, beside)
 
     def save_test(self, progress):
         """Saves what came of the test file into the newest checkpoint, whose weights stay what they are."""
         write_text(self.newest() / "progress.json", text_of(progress))
 
     @contextlib.contextmanager
-    def saved_if_stopped(self, progress):
-        """Within it a run that is stopped leaves a checkpoint, once training has begun."""
-        try:
-            yield
-        except Interrupted:
-            if progress.total_steps:
-                self.save(progress)
-            raise
+    def saved_at_the_end(self, progress):
+        """Within it a run is trained, which leaves a checkpoint; one that is stopped, too, once training has begun."""
+        with self.thread:  # whatever ends the run, what is being written is written
+            try:
+                yield
+            except Interrupted:
+                if progress.total_steps:
+                    self.save(progress, at_once=True)
+                raise
+            self.save(progress, at_once=True)
 
     def load(self):
         """Brings the newest checkpoint, if there is one, into what is watched; called by all processes."""
@@ -303,12 +369,13 @@ class Checkpoints:
             self.folder.rmdir()
 
     def remove_all_but(self, path):
-        """Removes the other checkpoints, the oldest first, and what a run was writing or removing when it died."""
+        """Removes the other checkpoints, the oldest first, best epochs beside them, and what a run that died left."""
         for old in sorted(self.all()):
             if old != path:
                 remove_whole(old)
-        for file in self.folder.glob(".*"):
-            if CHECKPOINT.fullmatch(name_of_unfinished(file.name) or ""):
+        for file in list(self.folder.glob("*")):
+            name = name_of_unfinished(file.name)
+            if BEST.fullmatch(name or file.name) or CHECKPOINT.fullmatch(name or ""):
                 remove(file)
 
     def refuse_another_run(self, constants, may_change, datasets):
@@ -342,6 +409,25 @@ def read_states(path):
     """The weights, and the states of optimizer and schedule, that a checkpoint holds."""
     state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     return load_file(path / "model.safetensors"), state
+
+
+def bytes_on(device, value):
+    """What the tensors on devices of that type take, in dictionaries and sequences."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes if value.device.type == device else 0
+    each = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(bytes_on(device, part) for part in each)
+
+
+def copy_of(device, value):
+    """A copy of all, tensors in the host's memory; what is not on a device of that type has been gathered into it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=value.device.type == device)
+    if isinstance(value, dict):
+        return {name: copy_of(device, part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copy_of(device, part) for part in value)
+    return copy.deepcopy(value)
 
 
 def link(source, target):
@@ -380,7 +466,9 @@ def resume_or_start(checkpoints, settings, constants, processes):
         InputError: the checkpoint is of another run or another version, and may not be discarded.
     """
     new = Progress(settings, constants.batch_size * constants.grad_accum_steps * processes)
-    if checkpoints.newest() is None:
+    path = checkpoints.newest()
+    if path is None:
+        checkpoints.discard()  # a run may have died behind a best epoch, and before its first checkpoint
         return new
     try:
         progress = checkpoints.progress()
@@ -390,7 +478,8 @@ def resume_or_start(checkpoints, settings, constants, processes):
             raise InputError(f"{error}{WAY_OUT}") from None
         checkpoints.discard()
         return new
-    print(f"Going on in epoch {progress.epoch} after step {progress.step}, from {checkpoints.newest()}")
+    checkpoints.remove_all_but(path)
+    print(f"Going on in epoch {progress.epoch} after step {progress.step}, from {path}")
     return progress
 
 

@@ -2,12 +2,17 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import psutil
 import torch
 
 from moondream2.cli import InputError
 
+LIMITS = (  # a container's limit, what it takes, and what of that are files read, which go when needed: cgroup 2 and 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
 OTHERS = {"mps": "Apple's GPU (MPS)"}  # than NVIDIA's, AMD's and the CPU; no run was ever tried on one
 ON_CPU = "with ACCELERATE_USE_CPU=true in the environment it runs on the CPU"
 
@@ -86,6 +91,23 @@ def card_in_vain():
     if torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         return ""
     return f"; NVIDIA's driver is here, but torch {torch.__version__} finds no card: see docs/platforms.md"
+
+
+def free_memory(groups=Path("/sys/fs/cgroup")):
+    """Bytes of the host's memory that a process may still take: of a container's, no more than its limit leaves.
+
+    Args:
+        groups: the folder in which Linux tells the limit.
+    """
+    free = psutil.virtual_memory().available
+    for limit, used, files in LIMITS:
+        try:
+            most, taken = (int((groups / name).read_text()) for name in (limit, used))
+            parts = dict(line.split() for line in (groups / limit).with_name("memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # there is none
+            continue
+        free = min(free, most - taken + int(parts[files]))
+    return free
 
 
 def gib(size):

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import finetune_moondream as script
 from moondream2 import launch as processes
-from moondream2.checkpoints import Interrupted, Progress, Stop
+from moondream2.checkpoints import Checkpoints, Interrupted, Progress, Stop
 from moondream2.cli import InputError
 
 NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0, "reductions": 0}
@@ -82,6 +82,55 @@ def in_float32():
     in_bfloat16()
     load_model = script.load_model
     script.load_model = lambda *arguments: load_model(*arguments).float()
+
+
+def writing_in_background():
+    """Checkpoints are written while training goes on, as on a card."""
+    Checkpoints.in_background = lambda checkpoints, size: True
+
+
+def signalled_while_it_writes():
+    """In the background; the first checkpoint is not written before the run is asked to stop, and each is told of."""
+    writing_in_background()
+    write, ask, asked = Checkpoints.write, Stop.ask, threading.Event()
+
+    def ask_and_write(stop, signum, frame):
+        ask(stop, signum, frame)
+        asked.set()
+
+    def write_when_asked(checkpoints, *what):
+        print("\nwriting", flush=True)
+        asked.wait()
+        time.sleep(0.5)
+        write(checkpoints, *what)
+        print("\nwritten", flush=True)
+
+    Checkpoints.write, Stop.ask = write_when_asked, ask_and_write
+
+
+def main_writes_while_all_go_on():
+    """One checkpoint, begun in the first step, is not written before three are done; notes how many were."""
+    in_float32_writing_in_background()
+    write, is_due, begun = Checkpoints.write, Checkpoints.is_due, []
+
+    def once(checkpoints, minutes):
+        is_due(checkpoints, minutes)
+        begun.append(minutes)
+        return len(begun) == 1
+
+    def write_later(checkpoints, progress, *state):
+        end = time.monotonic() + 60
+        while not progress.step > 1 and len(NOTES["steps"]) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        NOTES.setdefault("steps_when_written", []).append((progress.step, len(NOTES["steps"])))
+        write(checkpoints, progress, *state)
+
+    Checkpoints.is_due, Checkpoints.write = once, write_later
+
+
+def in_float32_writing_in_background():
+    in_float32()
+    writing_in_background()
 
 
 def count(**more):

@@ -113,7 +113,7 @@ def test_memory_is_docs_memorys(tmp_path, flags, run_check):
     assert "Trainable parameters: 1,419,333,637 of 1,867,982,709" in lines
     card, disk = lines[-3:-1]
     assert "10.6 for weights, gradients and AdamW" in card
-    assert disk.startswith(f"On the disk: up to 19.9 GB in {tmp_path / 'out'}, 3.7 GB after it; ")
+    assert disk.startswith(f"On the disk: up to 22.7 GB in {tmp_path / 'out'}, 3.7 GB after it; ")
 
 
 def test_what_a_layer_keeps_is_what_autograd_saves():

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, starved of disk or started wrongly: what they leave behind, and how they go on."""
 
+import copy
 import json
 import math
 import os
@@ -8,6 +9,10 @@ import random
 import shutil
 import signal
 import time
+from concurrent.futures import wait
+from contextlib import nullcontext
+from functools import partial
+from threading import Event, Timer
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import finetune_moondream as script
 from moondream2 import checkpoints, optimizer
-from moondream2.checkpoints import Checkpoints, Interrupted, Progress, Stop, resume_or_start
+from moondream2.checkpoints import Checkpoints, Interrupted, Progress, Stop, bytes_on, copy_of, resume_or_start
 from moondream2.cli import InputError
 from moondream2.files import to_json, write_text, write_whole
 from moondream2.modeling_moondream2 import Answer
@@ -28,6 +33,7 @@ from moondream2.optimizer import build_optimizer, build_scheduler
 from moondream2.output_dir import OutputDir
 from tests.child import Child
 from tests.conftest import TINY, both_releases, untimed
+from tests.launched import signalled_while_it_writes, writing_in_background
 
 
 @pytest.fixture
@@ -116,7 +122,10 @@ def test_json_has_no_number_that_json_lacks():
 
 @pytest.mark.parametrize("most", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_anywhere_it_goes_on_to_the_same_bits(flags, test_file, tmp_path, most):
-    """kill -9 at seeded random moments, in training, validation, checkpoints, the test and the final save."""
+    """kill -9 at seeded random moments, in training, validation, checkpoints, the test and the final save.
+
+    Checkpoints come by each step or by the end alone, written at once or while training goes on.
+    """
     flags["test_file"] = test_file
     assert Child({**flags, "output_dir": tmp_path / "first", "epochs": 1}, tmp_path / "first.txt").wait() == 0
     started = time.monotonic()
@@ -126,7 +135,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(flags, test_file, tmp_path,
     while kills < most:
         folder, runs = tmp_path / f"killed{runs}", runs + 1
         while not (folder / "config.json").exists() or list(folder.glob("checkpoints/epoch-*")):
-            child = Child({**flags, "output_dir": folder}, tmp_path / "out.txt")
+            flags["checkpoint_minutes"] = draw.choice([1e-6, 1e-3, 1000])
+            setup = draw.choice([None, writing_in_background])
+            child = Child({**flags, "output_dir": folder}, tmp_path / "out.txt", setup=setup)
             if kills < most:
                 child.process.join(draw.uniform(0.2, 1.0) * seconds)
             if child.process.exitcode is None and kills < most:
@@ -172,18 +183,20 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(flags, test_file, run_main
     flags["test_file"] = test_file
     run_main(**{**flags, "output_dir": tmp_path / "whole"})
     monkeypatch.setattr(script, "Stop", StopAt)
-    StopAt.n, stops = 2, 0
+    StopAt.n, stops, said = 2, 0, ""
     while not (tmp_path / "out" / "config.json").exists():
         try:
             run_main(**{**flags, "output_dir": tmp_path / "out", "checkpoint_minutes": 1000})
         except SystemExit as stopped:
             assert stopped.code == 143
-            assert "Stopped by SIGTERM. The same command goes on from there." in capsys.readouterr().out
+            out = capsys.readouterr().out
+            assert "Stopped by SIGTERM. The same command goes on from there." in out
+            said += out
             assert_no_model_or_a_whole_one(tmp_path / "out", flags["model_id"])
             stops += 1
             StopAt.n = 2 + stops % 3
     assert stops > 3
-    assert "Going on in epoch 2 after step" in capsys.readouterr().out
+    assert "Going on in epoch 2 after step" in said
     assert_same_result(tmp_path / "out", tmp_path / "whole")
 
 
@@ -207,16 +220,22 @@ def test_going_on_makes_no_second_state_of_the_optimizer(flags, run_main, monkey
     assert steps
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_and_says_how_to_go_on(flags, tmp_path, signum):
-    child = Child({**flags, "epochs": 1000}, tmp_path / "out.txt")
-    while "Before training" not in child.text() if child.out.exists() else True:
+@pytest.mark.parametrize(
+    ("signum", "setup", "told", "written"),
+    [(signal.SIGINT, None, "Before training", 0), (signal.SIGTERM, signalled_while_it_writes, "\nwriting", 2)],
+)
+def test_a_signal_finishes_the_step_and_says_how_to_go_on(flags, tmp_path, signum, setup, told, written):
+    """A checkpoint that is being written is waited for, as is that of the step."""
+    child = Child({**flags, "epochs": 1000}, tmp_path / "out.txt", setup=setup)
+    while told not in child.text() if child.out.exists() else True:
         time.sleep(0.05)
     os.kill(child.process.pid, signum)
     assert child.wait(60) == 128 + signum
     assert "The same command goes on from there." in child.text()
     assert "Traceback" not in child.text()
-    assert list((flags["output_dir"] / "checkpoints").glob("epoch-*"))
+    assert child.text().count("\nwritten") == written
+    (checkpoint,) = (flags["output_dir"] / "checkpoints").iterdir()
+    assert checkpoint.name.startswith("epoch-")
 
 
 def test_a_second_signal_ends_at_once():
@@ -234,7 +253,7 @@ def test_a_full_disk_anywhere_is_one_line_and_loses_nothing(flags, tmp_path):
     """No file may grow beyond a limit that the features, then the checkpoints, break."""
     weights = (TINY / "model.safetensors").stat().st_size
     for limit in (10_000, weights // 2):
-        child = Child(flags, tmp_path / "out.txt", file_size=limit)
+        child = Child(flags, tmp_path / "out.txt", file_size=limit, setup=writing_in_background)
         assert child.wait() == 1
         last = child.text().strip().splitlines()[-1]
         assert last.startswith("error: cannot write "), child.text()
@@ -299,6 +318,16 @@ class Trained:
         self.optimizer.zero_grad()
         self.progress.step += 1
 
+    def end_epoch(self, is_best):
+        """A step, with which its epoch ends; returns the weight."""
+        self.step()
+        if is_best:
+            self.progress.best_epoch = self.progress.epoch
+        self.progress.end_epoch({"epoch": self.progress.epoch})
+        if is_best:
+            self.checkpoints.save_best(self.progress)
+        return self.model.weight.detach().clone()
+
     def bits(self):
         """The weights, and how the optimizer stands."""
         groups = [{name: each for name, each in group.items() if name != "params"} for group in self.groups()]
@@ -339,17 +368,57 @@ def names(checkpoints):
 
 
 def test_only_as_many_checkpoints_as_needed(trained):
-    """The newest, with the best weights under a second name, which is no copy."""
-    checkpoints = trained.checkpoints
-    for is_best in (True, False):
+    """The newest, with the weights of its best epoch, which are no copy, and beside it those of a best one since."""
+    checkpoints, progress = trained.checkpoints, trained.progress
+    for epoch in (1, 2):
+        weights = trained.end_epoch(is_best=True)
+        before = [f"epoch-00000{epoch}-step-00000001"] if epoch > 1 else []
+        assert names(checkpoints) == [f"best-epoch-00000{epoch}.safetensors", *before]
+        best = (checkpoints.folder / f"best-epoch-00000{epoch}.safetensors").stat().st_ino
+        checkpoints.save(progress)
+        assert names(checkpoints) == [f"epoch-00000{epoch + 1}-step-00000000"]
+        assert {(checkpoints.newest() / f"{name}.safetensors").stat().st_ino for name in ("best", "model")} == {best}
         trained.step()
-        checkpoints.save(trained.progress, is_best)
-        assert names(checkpoints) == [f"epoch-000001-step-0000000{trained.progress.step}"]
-        best, newest = (checkpoints.newest() / name for name in ("best.safetensors", "model.safetensors"))
-        assert best.samefile(newest) is is_best
-        assert all(torch.equal(each, checkpoints.best_weights()[name]) for name, each in load_file(best).items())
-    with safe_open(best, "pt") as file:
-        assert not torch.equal(file.get_tensor("weight"), trained.model.state_dict()["weight"])
+        checkpoints.save(progress)
+        assert names(checkpoints) == [f"epoch-00000{epoch + 1}-step-00000001"]
+        assert (checkpoints.newest() / "best.safetensors").stat().st_ino == best
+        assert torch.equal(checkpoints.best_weights()["weight"], weights)
+        saved = load_file(checkpoints.newest() / "model.safetensors")["weight"]
+        assert torch.equal(saved, trained.model.weight) and not torch.equal(saved, weights)
+
+
+def test_of_several_best_epochs_since_a_checkpoint_the_last_is_kept(trained):
+    weights = [trained.end_epoch(is_best) for is_best in (True, True, False)]
+    assert names(trained.checkpoints) == ["best-epoch-000002.safetensors"]
+    trained.checkpoints.save(trained.progress)
+    assert names(trained.checkpoints) == ["epoch-000004-step-00000000"]
+    assert torch.equal(trained.checkpoints.best_weights()["weight"], weights[1])
+    assert torch.equal(load_file(trained.checkpoints.newest() / "model.safetensors")["weight"], weights[2])
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_run_that_goes_on_never_finds_a_best_epoch_of_its_future(trained, is_there):
+    """Killed behind one, it comes to that epoch anew, on a card with other sums: here it is not the best any more."""
+    first = trained.end_epoch(is_best=True)
+    if is_there:
+        trained.checkpoints.save(trained.progress)
+    trained.end_epoch(is_best=True)
+    assert "best-epoch-000002.safetensors" in names(trained.checkpoints)
+    again = Trained(trained.checkpoints.output_dir.path)
+    again.checkpoints.output_dir.read_marker()
+    (again.checkpoints.folder / ".best-epoch-000002.safetensors.0123abcd.part").write_text("half")
+    (again.checkpoints.folder / ".epoch-000003-step-00000000.0123abcd.part").mkdir()
+    again.progress = resume(again)
+    assert again.progress.best_epoch == is_there
+    if not is_there:
+        assert not again.checkpoints.folder.exists()
+        return
+    assert names(again.checkpoints) == ["epoch-000002-step-00000000"]
+    again.checkpoints.load()
+    again.end_epoch(is_best=False)
+    again.checkpoints.save(again.progress)
+    assert names(again.checkpoints) == ["epoch-000003-step-00000000"]
+    assert torch.equal(again.checkpoints.best_weights()["weight"], first)
 
 
 def test_what_else_lies_beside_checkpoints_stays(trained):
@@ -360,6 +429,8 @@ def test_what_else_lies_beside_checkpoints_stays(trained):
         for name in ("epoch-best", "notes.txt", ".mine.0123abcd.part"):
             (folder / name).write_text("mine")
         (folder / ".epoch-000001-step-00000009.0123abcd.part").mkdir()  # what a killed run left
+        (folder / ".best-epoch-000001.safetensors.0123abcd.part").write_text("half")
+        (folder / "best-epoch-000001.safetensors").write_text("whole")
     trained.checkpoints.discard()
     assert names(trained.checkpoints) == [".mine.0123abcd.part", "epoch-best", "notes.txt"]
     assert trained.checkpoints.newest() is None
@@ -441,6 +512,136 @@ def test_without_a_best_epoch_no_model_is_saved():
     with pytest.raises(InputError, match="no epoch had a finite validation loss.*LEARNING_RATE"):
         Progress({}, epoch=6).require_best()
     Progress({}, best_epoch=1).require_best()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Written while training goes on
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_background(trained, monkeypatch):
+    """What trains, writes in the background, and when it may: an Event."""
+    checkpoints, trained.may_write, trained.written = trained.checkpoints, Event(), []
+
+    def when_it_may(write, *what):
+        assert trained.may_write.wait(60)
+        time.sleep(0.02)
+        write(*what)
+        trained.written.append("ends")
+
+    for name in ("write", "write_best"):
+        monkeypatch.setattr(checkpoints, name, partial(when_it_may, getattr(checkpoints, name)))
+    monkeypatch.setattr(Checkpoints, "in_background", lambda self, size: trained.written.append("begins") is None)
+    yield trained
+    trained.may_write.set()
+
+
+def test_what_is_written_is_what_it_was_when_it_was_saved(in_background):
+    """Weights, both moments, low bits, rate, progress: of none of them does training change the copy."""
+    trained, checkpoints = in_background, in_background.checkpoints
+    trained.step()
+    bits, progress, rate = trained.bits(), copy.deepcopy(trained.progress), trained.scheduler.get_last_lr()
+    checkpoints.save(trained.progress)
+    trained.step()
+    trained.progress.left_out.append(["train.jsonl:1", "broken"])
+    assert checkpoints.newest() is None and trained.bits() != bits
+    trained.may_write.set()
+    checkpoints.join()
+    again = Trained(checkpoints.output_dir.path)
+    again.checkpoints.load()
+    assert again.bits() == bits and again.scheduler.get_last_lr() == rate != trained.scheduler.get_last_lr()
+    assert again.checkpoints.progress() == progress != trained.progress
+
+
+def test_one_is_written_at_a_time(in_background):
+    """And memory holds one copy: the next is made when that is written."""
+    trained, checkpoints = in_background, in_background.checkpoints
+    trained.may_write.set()
+    trained.step()
+    checkpoints.save(trained.progress)
+    weights = trained.end_epoch(is_best=True)
+    trained.step()
+    checkpoints.save(trained.progress)
+    checkpoints.save(trained.progress)  # there it is, once written
+    checkpoints.save_best(trained.progress)
+    checkpoints.join()
+    assert trained.written == ["begins", "ends"] * 4
+    assert torch.equal(checkpoints.best_weights()["weight"], weights)
+
+
+@pytest.mark.parametrize("then", ["is_due", "save", "save_best", "at the end"])
+def test_what_can_not_be_written_is_said_at_the_next_safe_place(in_background, monkeypatch, then):
+    trained, checkpoints = in_background, in_background.checkpoints
+    trained.may_write.set()
+    checkpoints.save(trained.progress)
+    checkpoints.join()
+    before = names(checkpoints)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moondream2.checkpoints.save_file", full)
+    trained.step()
+    checkpoints.save(trained.progress)
+    with pytest.raises(InputError, match=r"cannot write .*epoch-000001-step-00000001: No space left on device"):
+        if then == "is_due":
+            wait([checkpoints.writing])
+            checkpoints.is_due(1000)
+        elif then == "at the end":
+            with checkpoints.saved_at_the_end(trained.progress):
+                pass
+        else:
+            getattr(checkpoints, then)(trained.progress)
+    assert names(checkpoints) == before
+    assert not checkpoints.is_due(1000)
+
+
+@pytest.mark.parametrize("error", [None, Interrupted(signal.SIGTERM), KeyError()], ids=["ends", "is stopped", "fails"])
+def test_a_run_that_ends_waits_for_what_is_written(in_background, error):
+    """And where it comes to its end, or is stopped, for the checkpoint with which the next one goes on."""
+    trained, checkpoints = in_background, in_background.checkpoints
+    trained.progress.total_steps = 1
+    with pytest.raises(type(error)) if error else nullcontext(), checkpoints.saved_at_the_end(trained.progress):
+        trained.step()
+        checkpoints.save(trained.progress)
+        trained.step()
+        Timer(0.2, trained.may_write.set).start()
+        if error:
+            raise error
+    steps = 1 if isinstance(error, KeyError) else 2
+    assert names(checkpoints) == [f"epoch-000001-step-0000000{steps}"]
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "is_copied"),
+    [
+        ("cuda:0", 1.0, True),
+        ("cuda", 1.0, True),
+        ("cuda:0", 0.999, False),
+        ("cpu", 9.0, False),
+        ("mps", 9.0, False),
+    ],
+)
+def test_training_goes_on_meanwhile_on_a_card_where_memory_has_room_for_a_copy(
+    trained, monkeypatch, device, free, is_copied
+):
+    """Of 8.5 GB, and for what else wants some: 2 GiB. A CPU's memory is what training itself needs."""
+    available = int(free * (8_500_000_000 + (2 << 30)))
+    monkeypatch.setattr("moondream2.checkpoints.free_memory", lambda: available)
+    trained.checkpoints.accelerator = SimpleNamespace(device=torch.device(device))
+    assert trained.checkpoints.in_background(8_500_000_000) is is_copied
+
+
+def test_what_is_gathered_from_several_cards_into_memory_is_not_copied_again():
+    """As FSDP does: what training has is on the device."""
+    state = {"weights": [torch.zeros(3, dtype=torch.bfloat16), (torch.zeros(5), 1, None)], "name": "AdamW"}
+    assert (bytes_on("cpu", state), bytes_on("cuda", state)) == (26, 0)
+    for device, is_same in (("cuda", True), ("cpu", False)):
+        copied = copy_of(device, state)
+        assert copied["name"] == "AdamW" and copied["weights"][1][1:] == (1, None)
+        assert (copied["weights"][0].data_ptr() == state["weights"][0].data_ptr()) is is_same
+        assert (copied["weights"][1][0].data_ptr() == state["weights"][1][0].data_ptr()) is is_same
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,15 +769,29 @@ def test_a_second_run_in_the_same_folder_leaves(flags, run_main):
 
 
 def test_the_best_epoch_is_saved(flags, run_main, monkeypatch, capsys):
-    """With the losses of the run that overfitted: the second epoch's weights, bit for bit, and no others."""
-    losses, seen = [9.0, 1.7609, 1.7252, 1.7986, 1.9750, 2.0121], []
+    """With the losses of the run that overfitted: the second epoch's weights, bit for bit, and no others.
+
+    At the end of an epoch these alone are written, and all that it takes to go on behind the last.
+    """
+    losses, seen, written = [9.0, 1.7609, 1.7252, 1.7986, 1.9750, 2.0121], [], []
+    write_lines = script.OutputDir.write_lines
+
+    def noting(output, name, records):
+        write_lines(output, name, records)
+        folder = output.path / "checkpoints"
+        written.append({path.name: path.stat().st_ino for path in folder.iterdir()} if folder.exists() else {})
 
     def judged(model, *arguments):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return losses[len(seen) - 1], {}
 
     monkeypatch.setattr(script, "evaluate", judged)
-    run_main(**{**flags, "epochs": 5})
+    monkeypatch.setattr(script.OutputDir, "write_lines", noting)
+    run_main(**{**flags, "epochs": 5, "checkpoint_minutes": 1000})
+    first, second = (f"best-epoch-00000{number}.safetensors" for number in (1, 2))
+    assert [[*each] for each in written[:6]] == [[], [first], [second], [second], [second], [second]]
+    assert written[2] == written[5]  # it is not written again
+    assert [*written[6]] == ["epoch-000006-step-00000000"]
     out = capsys.readouterr().out
     assert "Best epoch: 2 of 5 (Validation Avg Loss 1.7252)" in out
     assert "What followed was worse and is not in the saved model: 1.7986, 1.9750, 2.0121" in out
@@ -617,6 +832,20 @@ def test_what_is_written_is_flushed_before_it_gets_its_name_and_its_name_behind_
     folder = tmp_path / "folder"
     a, b, whole, parent = (path.stat().st_ino for path in (folder / "a", folder / "b", folder, tmp_path))
     assert done == [a, b, whole, "gets its name", parent]
+
+
+def test_a_best_epoch_is_flushed_with_the_checkpoint_that_it_is_of(trained, monkeypatch):
+    """Until then a run that dies has no use for it, and does not wait for the disk."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("gets its name"), replace(*paths)))
+    trained.end_epoch(is_best=True)
+    (best,) = trained.checkpoints.folder.iterdir()
+    inode = best.stat().st_ino
+    assert inode not in done
+    done.clear()
+    trained.checkpoints.save(trained.progress)
+    assert inode in done[: done.index("gets its name")]
 
 
 class Malicious:

@@ -45,7 +45,7 @@ TABLE = {
     "MAX_GRAD_NORM": (0.1, lambda run: run.gradients == pytest.approx([0.1] * len(run.steps), rel=0.01)),
     "PATIENCE": (2, lambda run: run.epochs_without_a_better_one == 2),
     "VALID_ANSWERS": (4, lambda run: len(run.answered) == 4),
-    "CHECKPOINT_MINUTES": (1e-9, lambda run: run.saves == len(run.steps) + len(run.log) - 1),
+    "CHECKPOINT_MINUTES": (1e-9, lambda run: run.saves == len(run.steps) + len(run.log)),
     "OVERWRITE": (True, lambda run: run.may_begin_again),
     "TRACKER": ("tensorboard", lambda run: any(name.startswith(f"other_out/{launch.TRACKED}/") for name in run.made)),
     "SEED": (7, lambda run: is_shuffled(run, 7) and run.answered == drawn(run, 7, 4)),
@@ -162,7 +162,7 @@ def watch(run, patch):
         noting(stand_in, "from_pretrained", lambda model, **words: run.loaded.append((model, words)))
     noting(script, "read_lines", lambda path, *more: run.read.append(path))
     noting(script, "whole_rows", lambda examples, prefix, pictures, most: vars(run).update(judged=pictures))
-    noting(script.Checkpoints, "save", lambda *args: vars(run).update(saves=run.saves + 1))
+    noting(script.Checkpoints, "save", lambda *args, **words: vars(run).update(saves=run.saves + 1))
     noting(optimizer.AdamW, "step", note_gradient)
     patch.setattr(script, "compile_layers", lambda *args: vars(run).update(compiled=True))
     patch.setattr(script, "load_model", load_model)

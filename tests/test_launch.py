@@ -31,6 +31,8 @@ from tests.launched import (
     impatient,
     in_bfloat16,
     in_float32,
+    in_float32_writing_in_background,
+    main_writes_while_all_go_on,
     reading_for_long,
     reading_in_vain,
     sharded,
@@ -181,7 +183,9 @@ def test_several_answer_the_test_file_as_one_does_with_the_weights_that_are_save
 
 
 def test_one_process_speaks_and_all_finish(flags, tmp_path):
-    trained(2, flags, tmp_path, epochs=1)
+    """And all go on while the main one writes: the first step's checkpoint is not written before the third step."""
+    notes = trained(2, flags, tmp_path, main_writes_while_all_go_on, epochs=1)
+    assert [each.get("steps_when_written") for each in notes] == [[[1, 3]], None]
     main, other = ((tmp_path / f"out{rank}.txt").read_text() for rank in range(2))
     assert "An optimizer step takes 4 questions: 2 processes x BATCH_SIZE 2 x 1 micro-batches" in main
     assert main.count("Encoding 11 pictures") == main.count("Trainable parameters: ") == 1
@@ -297,7 +301,8 @@ def whole(flags, uninterrupted):
     "killed", [[0], pytest.param([1], marks=slow), pytest.param([0, 1], marks=slow)], ids=["main", "other", "both"]
 )
 def test_killed_it_goes_on_in_as_many_processes_to_the_same_bits(flags, whole, tmp_path, killed):
-    children = Children(2, {**flags, "output_dir": tmp_path / "cut" / "out"}, tmp_path / "cut", in_float32)
+    started = {**flags, "output_dir": tmp_path / "cut" / "out"}
+    children = Children(2, started, tmp_path / "cut", in_float32_writing_in_background)
     wait_for(lambda: list((tmp_path / "cut" / "out" / "checkpoints").glob("epoch-000001-step-00000002")), children)
     for rank in killed:
         os.kill(children[rank].process.pid, signal.SIGKILL)

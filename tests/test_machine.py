@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from moondream2 import ask, launch
 from moondream2.cli import InputError
-from moondream2.machine import row_multiple, what_it_runs_on
+from moondream2.machine import free_memory, row_multiple, what_it_runs_on
 from tests.child import Children
 from tests.conftest import TINY
 
@@ -159,3 +159,42 @@ def test_torch_is_set_up_for_rows_of_many_lengths(monkeypatch, begin, name):
         each: os.environ[each] for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if each in os.environ
     }
     assert set_to == ({name: "backend:native"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 20),
+        ({"memory.max": "max", "memory.current": "7", "memory.stat": "inactive_file 5"}, 20),
+        ({"memory.max": "12", "memory.current": "7", "memory.stat": "anon 2\ninactive_file 5\n"}, 10),
+        (
+            {
+                "memory/memory.limit_in_bytes": "12",
+                "memory/memory.usage_in_bytes": "7",
+                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 4",
+            },
+            9,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+                "memory/memory.usage_in_bytes": "7",
+                "memory/memory.stat": "total_inactive_file 4",
+            },
+            20,
+        ),
+    ],
+    ids=["no container", "cgroup 2, no limit", "cgroup 2", "cgroup 1", "cgroup 1, no limit"],
+)
+def test_free_memory_is_no_more_than_a_containers_limit_leaves(monkeypatch, tmp_path, files, free):
+    """What it takes for files that were read goes when it is needed."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_memory(tmp_path) == free
