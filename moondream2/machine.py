@@ -102,8 +102,11 @@ def free_memory(groups=Path("/sys/fs/cgroup")):
     free = psutil.virtual_memory().available
     for limit, used, files in LIMITS:
         try:
-            most, taken = (int((groups / name).read_text()) for name in (limit, used))
-            parts = dict(line.split() for line in (groups / limit).with_name("memory.stat").read_text().splitlines())
+            most, taken = (int((groups / name).read_text(encoding="utf-8")) for name in (limit, used))
+            parts = dict(
+                line.split()
+                for line in (groups / limit).with_name("memory.stat").read_text(encoding="utf-8").splitlines()
+            )
         except (OSError, ValueError):  # there is none
             continue
         free = min(free, most - taken + int(parts[files]))

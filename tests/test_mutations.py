@@ -48,7 +48,9 @@ def test_a_change_that_no_test_sees_is_told_and_gives_status_1(monkeypatch, caps
     ("body", "status"), [("assert True", 0), ("assert name == 'other'", 1), ("while True: pass", None)]
 )
 def test_pytest_runs_in_a_folder_of_its_own_and_is_ended_where_it_hangs(tmp_path, body, status):
-    (tmp_path / "test_it.py").write_text(f"import pathlib\nname = pathlib.Path().absolute().name\ndef test(): {body}\n")
+    (tmp_path / "test_it.py").write_text(
+        f"import pathlib\nname = pathlib.Path().absolute().name\ndef test():\n  {body}\n"
+    )
     found, printed = forked.run(str(tmp_path), [*mutations.WORDS, "test_it.py"], 3 if status is None else 100)
     assert found == status
     assert ("1 passed" in printed) == (status == 0)
