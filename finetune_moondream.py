@@ -433,7 +433,7 @@ def prepare(constants, accelerator, checkpoints, stop):
     tokens = {"bos": tokenizer.bos_token_id, "image_tokens": config.image_tokens, "multiple": sampler.multiple}
     lay = partial(lay_out, pictures=pictures, store=store, **tokens)
     pace = Pace(model.text_model, accelerator, sampler, constants.epochs)
-    read = partial(read_batches, lay_out=lay, progress=progress, is_shown=accelerator.is_main_process, pace=pace)
+    read = partial(read_batches, lay_out=lay, progress=progress, is_shown=accelerator.is_main_process)
     room = config.prefix_tokens, 4 * constants.batch_size, config.max_text_tokens
     return Run(datasets, model, tokenizer, engine, progress, stop, pace, sampler, room, read)
 
@@ -449,7 +449,7 @@ def fine_tune(constants, accelerator, output, checkpoints, stop):
             if progress.epoch:
                 title, done = f"Epoch {progress.epoch} of {constants.epochs}", progress.step * sampler.accum
                 batches = chain.from_iterable(sampler.epoch(progress.epoch, progress.step))
-                with closing(run.read(batches, title, sampler.steps * sampler.accum, done)) as batches:
+                with closing(run.read(batches, title, sampler.steps * sampler.accum, done, pace=run.pace)) as batches:
                     steps = run.pace.watched(in_steps(batches, sampler.accum))
                     train_epoch(run.engine, steps, run.model.vision_encoder, progress, checkpoints, stop, constants)
             loss, answers = judge(run, valid, "Validating", asked)

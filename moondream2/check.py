@@ -20,6 +20,7 @@ from moondream2 import adapters, cli, log
 from moondream2.checkpoints import Checkpoints
 from moondream2.launch import refuse_missing_tracker
 from moondream2.loading import choose_views
+from moondream2.machine import row_multiple
 from moondream2.output_dir import OutputDir
 from moondream2.pictures import set_up_pillow
 from moondream2.rows import StepSampler
@@ -58,7 +59,9 @@ def check(constants):
 
     order = constants.batch_size * constants.grad_accum_steps, constants.batch_size
     train = datasets[0]
-    sampler = StepSampler(train, config.prefix_tokens, *order, constants.group_by_picture, constants.seed)
+    order = *order, constants.group_by_picture, constants.seed
+    multiple = row_multiple(torch.device("cuda"))
+    sampler = StepSampler(train, config.prefix_tokens, *order, multiple=multiple)
     log.step_size(sampler, constants.batch_size)
     positions = [sampler.work(batch) for step in sampler.epoch(1) for batch in step]
     total, a_question = sum(positions), sum(positions) / len(train)

@@ -3,12 +3,14 @@
 import logging
 import sys
 import time
+from itertools import product
 
 import torch
 
 from moondream2.modeling_moondream2 import attention_mask_4d, rotary_angles, row_mask
 
 PREFIX, LENGTHS = 32, (64, 128)  # positions of the rows of a trial
+ROWS = (1, 2)  # a compiler takes one row for a kind of its own
 QUESTIONS = (1, 2)  # in each: rows of one question have no mask
 
 
@@ -28,10 +30,8 @@ def compile_layers(text_model, is_sharded=False, backend="inductor"):
     try:
         for layer in layers:
             layer.compile(backend=backend, dynamic=True)
-        for rows in (1, 2):  # a compiler takes one row for a kind of its own
-            for questions in QUESTIONS:
-                for tokens in LENGTHS:
-                    try_out(text_model, layers[0], rows, questions, tokens)
+        for kind in product(ROWS, QUESTIONS, LENGTHS):
+            try_out(text_model, layers[0], *kind)
     except Exception as error:  # torch's, Triton's or the compiler's own
         for layer in layers:
             layer._compiled_call_impl = None

@@ -235,7 +235,7 @@ def decode_pictures(pictures, store, together, show):
             return str(error), []
 
     unusable, remarks = {}, {}
-    with contextlib.closing(read_ahead(told, pictures)) as results:
+    with contextlib.closing(read_ahead(told, pictures, ahead=2 * THREADS)) as results:
         bar = tqdm(pictures, "Decoding", unit=" pictures", leave=False, disable=not (show and pictures))
         for picture in together(bar):
             reason, said = next(results)

@@ -2,16 +2,16 @@
 
 import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
 
 from moondream2.cli import InputError
 
-LIMITS = (  # a container's limit, what it takes, and what of that are files read, which go when needed: cgroup 2 and 1
+LIMITS = (  # a group's limit, what it takes, and what of that are files read, which go when needed: cgroup 2 and 1
     ("memory.max", "memory.current", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 OTHERS = {"mps": "Apple's GPU (MPS)"}  # than NVIDIA's, AMD's and the CPU; no run was ever tried on one
 ON_CPU = "with ACCELERATE_USE_CPU=true in the environment it runs on the CPU"
@@ -93,24 +93,39 @@ def card_in_vain():
     return f"; NVIDIA's driver is here, but torch {torch.__version__} finds no card: see docs/platforms.md"
 
 
-def free_memory(groups=Path("/sys/fs/cgroup")):
-    """Bytes of the host's memory that a process may still take: of a container's, no more than its limit leaves.
+def free_memory(groups=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
+    """Bytes of the host's memory that a process may still take: of a container's or job's, what its limits leave.
 
     Args:
-        groups: the folder in which Linux tells the limit.
+        groups: the folder in which Linux tells limits.
+        own: the file that says in which folders below it those of this process lie.
     """
     free = psutil.virtual_memory().available
-    for limit, used, files in LIMITS:
-        try:
-            most, taken = (int((groups / name).read_text(encoding="utf-8")) for name in (limit, used))
-            parts = dict(
-                line.split()
-                for line in (groups / limit).with_name("memory.stat").read_text(encoding="utf-8").splitlines()
-            )
-        except (OSError, ValueError):  # there is none
-            continue
-        free = min(free, most - taken + int(parts[files]))
+    for folder in folders_of(own):
+        for limit, used, files in LIMITS:
+            try:
+                most, taken = (int(text_of(groups / folder / name)) for name in (limit, used))
+                parts = dict(line.split() for line in text_of(groups / folder / "memory.stat").splitlines())
+            except (OSError, ValueError):  # there is none
+                continue
+            free = min(free, most - taken + int(parts[files]))
     return free
+
+
+def folders_of(own):
+    """The folders, each below that of all groups, whose limits count for a process: its own and those around it."""
+    try:
+        lines = [line.split(":", 2) for line in text_of(own).splitlines()]
+    except OSError:  # another system than Linux
+        return
+    for _, controllers, path in lines:
+        if controllers in ("", "memory"):  # cgroup 2, cgroup 1
+            path = PurePosixPath(path)
+            yield from (PurePosixPath(controllers, *each.parts[1:]) for each in (path, *path.parents))
+
+
+def text_of(file):
+    return file.read_text(encoding="utf-8")
 
 
 def gib(size):

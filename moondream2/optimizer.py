@@ -43,6 +43,7 @@ class AdamW(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # torch's name for it
+    grad_scale = found_inf = None
 
     def __init__(self, params, lr, betas, weight_decay, eps=1e-8):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps, "step": 0, "owed": 0.0}
@@ -50,7 +51,7 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale, found_inf = self.grad_scale, self.found_inf
         self.before = [(group["step"], group["owed"]) for group in self.param_groups]
         if is_known(found_inf):
             return
@@ -145,7 +146,9 @@ def apply(tensors, numbers, *constants):
 
 def update_on(device, dtype, *constants):
     """`update` as a device runs it."""
-    return update if device.type == "cpu" else kernel(device, dtype, *constants)
+    if device.type == "cpu":
+        return update
+    return kernel(device, dtype, *constants) if device.type == "cuda" else update_if_finite
 
 
 def apply_together(vectors, *numbers):
@@ -162,8 +165,8 @@ def apply_together(vectors, *numbers):
 def kernel(device, dtype, *constants):
     """`update_if_finite` compiled for weights of a type, so that a step reads and writes each number once.
 
-    Where that fails, most often for want of a C compiler, one line says so and it runs as it stands. A trial
-    on other tensors finds that out: a kernel that failed in the middle of a step would leave weights half updated.
+    Where that fails, most often for want of a C compiler, one line says so and `update_if_finite` runs as it stands. A
+    trial on other tensors finds that out: a kernel that failed in the middle of a step would leave weights half done.
     """
     compiled = torch.compile(update_if_finite, dynamic=True)
     # What `update` is given of a bfloat16 matrix and of such a vector; of all others.

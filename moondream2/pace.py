@@ -69,17 +69,19 @@ class Pace:
         started = time.monotonic()
         for batches in steps:
             yield batches
-            self.seconds = time.monotonic() - started
             self.steps += 1
+            self.take_time(started)
             for batch in batches:
                 self.count(batch)
-            self.seconds_a_step = self.seconds / self.steps
         if self.steps and self.device.type == "cuda":  # the last one may still be under way
             torch.cuda.synchronize(self.device)
-            self.seconds = time.monotonic() - started
-            self.seconds_a_step = self.seconds / self.steps
+            self.take_time(started)
         peak = self.peak_memory()
         self.training_peak = peak if peak > before else 0  # what came before training may have taken more
+
+    def take_time(self, started):
+        self.seconds = time.monotonic() - started
+        self.seconds_a_step = self.seconds / self.steps
 
     def count(self, batch):
         if batch["rows"]:

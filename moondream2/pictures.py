@@ -34,7 +34,8 @@ LEAST_ROWS = 0.95  # of a JPEG that lacks its last bytes; with fewer it is broke
 HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # in bytes 8 to 12 of such files
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Threads that read and decode: both leave Python to the other threads meanwhile. A machine's processes share its cores.
-THREADS = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+THREADS = max(1, min(32, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+AHEAD = 16  # micro-batches that are read before they are asked for: enough, and they take memory
 LONGEST_SHOWN = 80  # characters of a picture's path, in a reason
 NOT_FOUND = "picture not found"
 LEAST_CONTRAST = 16  # of 255 levels, in any colour: 12 bits that were exported as 16 have 15
@@ -387,7 +388,7 @@ def is_entry(value):
     return isinstance(value, list) and [type(each) for each in value] == [int, int, str, int, int]
 
 
-def read_ahead(function, items, threads=THREADS, ahead=THREADS + 8):
+def read_ahead(function, items, threads=THREADS, ahead=AHEAD):
     """Yields `function(item)` for each item, in order; threads compute up to `ahead` of them before they are asked for.
 
     What `function` raises is raised where its result would be. When nobody asks any more (`close`), what has not begun

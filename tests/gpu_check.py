@@ -140,7 +140,8 @@ def run(flags, launcher=(sys.executable,), stop_at=None, **environment):
 
 def whole_runs(table, folder, is_rehearsal):
     """Of the small checkpoint: a run, one that is stopped and goes on, and two cards together; their last losses."""
-    alone = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} if is_rehearsal else {"CUDA_VISIBLE_DEVICES": "0"}
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    alone = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} if is_rehearsal else {"CUDA_VISIBLE_DEVICES": first}
     flags = {"model_id": TINY, "epochs": 2, "batch_size": 8, "valid_answers": 8, "features_dir": folder / "features"}
     expected = run({**flags, "output_dir": folder / "whole"}, **alone)[-1]["valid_loss"]
 
@@ -177,6 +178,7 @@ def rates(table, side):
     seconds, unusable = timed(lambda: encode_pictures(chunks, side.model.vision_encoder, side.store, show=False))
     assert not unusable
     table.figure("pictures are encoded", f"{len(pictures) / seconds:.1f} a second, decoding and all")
+    side.model.vision_encoder.to("cpu")  # as a run does
 
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=side.device.type == "cpu")

@@ -90,11 +90,13 @@ def seen_by(change, idle):
         idle: a queue of Pytest, of which one is taken meanwhile.
     """
     started, pytest = time.monotonic(), idle.get()
-    with TemporaryDirectory() as folder:
-        copy = copy_of_project(folder)
-        (copy / change.file).write_text(change.changed(), encoding="utf-8")
-        status, printed = pytest.run(str(copy), [*WORDS, *shlex.split(change.tests)], TIMEOUT)
-    idle.put(pytest)
+    try:
+        with TemporaryDirectory() as folder:
+            copy = copy_of_project(folder)
+            (copy / change.file).write_text(change.changed(), encoding="utf-8")
+            status, printed = pytest.run(str(copy), [*WORDS, *shlex.split(change.tests)], TIMEOUT)
+    finally:
+        idle.put(pytest)
     if status is None:
         return "it hangs", TIMEOUT
     if status not in (0, 1):  # no tests were found, or they can't be imported

@@ -84,7 +84,9 @@ def test_it_looks_at_a_test_file_and_says_what_judges_without_a_valid_file(
 
 
 def test_its_positions_are_those_of_the_run(flags, run_check, run_main, monkeypatch):
+    """On a card, where rows are padded."""
     said = next(line for line in run_check(**flags) if line.startswith("An epoch has"))
+    monkeypatch.setattr(script, "row_multiple", lambda device: 64)
     sizes, backward = [], script.backward
 
     def noting(engine, batches, *more):

@@ -120,7 +120,7 @@ def test_json_has_no_number_that_json_lacks():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most", [3, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_anywhere_it_goes_on_to_the_same_bits(flags, test_file, tmp_path, most):
     """kill -9 at seeded random moments, in training, validation, checkpoints, the test and the final save.
 

@@ -166,12 +166,20 @@ def test_torch_is_set_up_for_rows_of_many_lengths(monkeypatch, begin, name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def group(folder, limit):
+    """The files in which Linux tells the limit of a group."""
+    texts = {"max": str(limit), "current": "7", "stat": "anon 2\ninactive_file 5\n"}
+    return {f"{folder}/memory.{name}": text for name, text in texts.items()}
+
+
 @pytest.mark.parametrize(
     ("files", "free"),
     [
         ({}, 20),
-        ({"memory.max": "max", "memory.current": "7", "memory.stat": "inactive_file 5"}, 20),
-        ({"memory.max": "12", "memory.current": "7", "memory.stat": "anon 2\ninactive_file 5\n"}, 10),
+        (group(".", "max"), 20),
+        (group(".", 12), 10),
+        (group("job/step", 12) | group("job", 14) | group(".", 16), 10),
+        (group("job/step", "max") | group("job", 11), 9),
         (
             {
                 "memory/memory.limit_in_bytes": "12",
@@ -189,12 +197,23 @@ def test_torch_is_set_up_for_rows_of_many_lengths(monkeypatch, begin, name):
             20,
         ),
     ],
-    ids=["no container", "cgroup 2, no limit", "cgroup 2", "cgroup 1", "cgroup 1, no limit"],
+    ids=[
+        "no container",
+        "cgroup 2, no limit",
+        "cgroup 2",
+        "a job's group",
+        "around it",
+        "cgroup 1",
+        "cgroup 1, no limit",
+    ],
 )
-def test_free_memory_is_no_more_than_a_containers_limit_leaves(monkeypatch, tmp_path, files, free):
+def test_free_memory_is_no_more_than_the_limits_of_its_groups_leave(monkeypatch, tmp_path, files, free):
     """What it takes for files that were read goes when it is needed."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20))
+    own = tmp_path / "own"
+    assert free_memory(tmp_path, own) == 20  # another system than Linux
+    own.write_text("9:name=systemd:/\n4:memory:/\n0::/job/step\n")
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert free_memory(tmp_path) == free
+    assert free_memory(tmp_path, own) == free

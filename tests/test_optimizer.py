@@ -347,15 +347,18 @@ def test_small_tensors_are_updated_together(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_gpu_updates_in_large_parts_by_the_kernel_and_a_cpu_in_small_ones(device, monkeypatch):
+def test_a_gpu_updates_in_large_parts_and_a_cpu_in_small_ones(device, monkeypatch):
     """ "meta" stands in for a card: a device that is no CPU."""
-    sizes = {"cpu": [], "meta": []}
-    monkeypatch.setattr(module, "update", lambda weight, *more, numbers: sizes["cpu"].append(len(weight)))
-    kernel = lambda weight, *more, numbers: sizes["meta"].append(len(weight))  # noqa: E731
-    monkeypatch.setattr(module, "kernel", lambda *constants: kernel)
-    part = {"cpu": module.CPU_PART, "meta": module.GPU_PART}[device]
+    sizes, part = [], {"cpu": module.CPU_PART, "meta": module.GPU_PART}[device]
+    monkeypatch.setattr(module, "update_on", lambda *kind: lambda weight, *more, numbers: sizes.append(len(weight)))
     module.apply([torch.empty(part + 1, device=device)] * 4, None, 0.9, 0.99, 1e-8)
-    assert sizes == {"cpu": [], "meta": [], device: [part, 1]}
+    assert sizes == [part, 1]
+
+
+def test_a_gpu_updates_by_the_kernel_and_what_else_there_is_uncompiled(monkeypatch):
+    monkeypatch.setattr(module, "kernel", lambda *constants: "kernel")
+    updates = [module.update_on(torch.device(name), torch.bfloat16) for name in ("cpu", "cuda", "mps")]
+    assert updates == [module.update, "kernel", module.update_if_finite]
 
 
 def test_a_state_goes_to_the_device_of_its_parameter():

@@ -572,8 +572,8 @@ def test_results_come_in_order_from_several_threads():
 
 
 def test_all_cores_read_and_a_machines_processes_share_them(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
-    for processes, threads in ((1, 12), (4, 3), (16, 1)):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(60)), raising=False)
+    for processes, threads in ((1, 32), (4, 15), (64, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert runpy.run_path(pictures.__file__)["THREADS"] == threads
 
