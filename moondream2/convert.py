@@ -198,9 +198,8 @@ class Pictures:
         if re.match("https?://", name):
             self.notes.doubt("address, which training does not fetch: download the picture and put its path there")
             return name
-        for each in (name, name.replace("\\", "/")):
-            if file := find_picture(self.base / "lines", each):
-                return each if self.is_elsewhere(each) else Path(os.path.relpath(file, self.home)).as_posix()
+        if file := find_picture(self.base / "lines", name):
+            return name if self.is_elsewhere(name) else Path(os.path.relpath(file, self.home)).as_posix()
         self.notes.doubt(f"picture not found in {self.base}: --images FOLDER says where the paths begin")
         return name
 

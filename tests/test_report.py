@@ -551,6 +551,7 @@ def test_a_question_without_an_answer_to_compare_with_is_shown(open_page, answer
     answers[0] |= {"answer": None, "answers": [], "after_correct": None}
     question = open_page(scored(answers)).find_element(By.CLASS_NAME, "question")
     assert question.text.split("\n")[:3] == ["Is it safe to cross?", "Answer", "Yes. 75% sure"]
+    assert question.get_attribute("data-states").split() == ["all"]
 
 
 def test_facts_are_what_the_report_shows(open_page):
