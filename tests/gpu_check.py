@@ -93,7 +93,8 @@ class Side:
         size = {"tiny": is_rehearsal, "layers": layers, "vision_layers": vision_layers, "release": "2024-08-26"}
         self.device, self.model = device, build(SimpleNamespace(**size)).to(device, dtype)
         tokenizer = AutoTokenizer.from_pretrained(TINY)
-        self.examples = Examples(folder, self.model.config, tokenizer, PICTURES * QUESTIONS, QUESTIONS)
+        lines = (PICTURES // 4 if is_rehearsal else PICTURES) * QUESTIONS
+        self.examples = Examples(folder, self.model.config, tokenizer, lines, QUESTIONS)
         self.store = FeatureStore(folder / "features", self.model)
         tokens = {"bos": tokenizer.bos_token_id, "image_tokens": self.model.config.image_tokens}
         self.lay_out = partial(lay_out, pictures=self.examples.pictures, store=self.store, **tokens)

@@ -481,7 +481,7 @@ def test_without_its_library_a_line_says_which(tmp_path, monkeypatch):
 def test_a_model_fine_tuned_without_tiles_is_served_as_it_was_scored(run_main, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
-    quickly = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-4, "valid_answers": 0}
+    quickly = {"epochs": 3, "batch_size": 8, "learning_rate": 3e-4, "valid_answers": 0}
     run_main(model_id=TINY, output_dir=out, features_dir=tmp_path / "features", tiles="false", **quickly)
     monkeypatch.setattr(sys, "argv", ["export_gguf.py", str(out)])
     export_gguf.main()

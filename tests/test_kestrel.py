@@ -208,7 +208,7 @@ def saved(tmp_path_factory):
     """The folder of a run."""
     folder = tmp_path_factory.mktemp("run")
     flags = {"model_id": TINY_2025, "train_file": ROOT / "tests" / "test.jsonl", "valid_file": "none", "epochs": 1}
-    flags |= {"batch_size": 8, "valid_answers": 0}
+    flags |= {"valid_answers": 0}
     run = start_script(flags | {"output_dir": folder / "saved", "features_dir": folder / "features"})
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
