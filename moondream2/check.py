@@ -57,18 +57,10 @@ def check(constants):
     adapters.add(model, constants)
     log.parameters(model)
 
-    order = constants.batch_size * constants.grad_accum_steps, constants.batch_size
-    train = datasets[0]
-    order = *order, constants.group_by_picture, constants.seed
-    multiple = row_multiple(torch.device("cuda"))
-    sampler = StepSampler(train, config.prefix_tokens, *order, multiple=multiple)
-    log.step_size(sampler, constants.batch_size)
-    positions = [sampler.work(batch) for step in sampler.epoch(1) for batch in step]
-    total, a_question = sum(positions), sum(positions) / len(train)
-    print(f"An epoch has {total:,} positions, {a_question:,.0f} a question; a micro-batch {max(positions):,} at most")
+    most = most_positions(datasets[0], config, constants)
     trained = sum(p.numel() for p in model.text_model.parameters() if p.requires_grad)
     held = text_weights + ADAPTER * trained if constants.lora_rank else TRAINED * trained
-    activations = activation_bytes(config.text_config, max(positions), constants.gradient_checkpointing)
+    activations = activation_bytes(config.text_config, most, constants.gradient_checkpointing)
     print(
         f"On the card: {(held + activations) / GIB:,.1f} GiB by the arithmetic of docs/memory.md, "
         f"{held / GIB:,.1f} for weights, gradients and AdamW, {activations / GIB:,.1f} for activations"
@@ -78,6 +70,18 @@ def check(constants):
     for line in disk(constants, len({key for each in datasets for key in each.pictures}), config, kept, all_weights):
         print(line)
     print("A run with these constants would begin.")
+
+
+def most_positions(train, config, constants):
+    """Prints what steps and an epoch are made of on a card; returns the positions of the largest micro-batch."""
+    order = constants.batch_size * constants.grad_accum_steps, constants.batch_size, constants.group_by_picture
+    multiple = row_multiple(torch.device("cuda"))
+    sampler = StepSampler(train, config.prefix_tokens, *order, constants.seed, multiple=multiple)
+    log.step_size(sampler, constants.batch_size)
+    positions = [sampler.work(batch) for step in sampler.epoch(1) for batch in step]
+    total, a_question, most = sum(positions), sum(positions) / len(train), max(positions)
+    print(f"An epoch has {total:,} positions, {a_question:,.0f} a question; a micro-batch {most:,} at most")
+    return most
 
 
 def activation_bytes(config, positions, is_checkpointed):

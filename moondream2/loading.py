@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from moondream2.cli import InputError
 from moondream2.modeling_moondream2 import HfMoondreamConfig, ReleaseConfig
+from moondream2.pictures import nearest
 
 REPOSITORY = "vikhyatk/moondream2"
 
@@ -59,7 +60,9 @@ def checked_loading(model_id, revision):
     except (OSError, SafetensorError) as error:
         folder = Path(model_id).parent
         if folder != Path() and folder.is_dir() and not Path(model_id).exists():  # no owner of the hub's, a folder here
-            raise InputError(f"cannot load {model_id}: it is not there, though {folder} is") from None
+            near = nearest(folder, Path(model_id).name)
+            advice = f"; nearest is {folder / near}" if near else ""
+            raise InputError(f"cannot load {model_id}: it is not there, though {folder} is{advice}") from None
         # A folder has all but, as it comes from the hub, the tokenizer of a release that has it elsewhere.
         is_there = Path(model_id).is_dir() and HfMoondreamConfig.TOKENIZER[0] not in str(error)
         advice = "" if is_there else how_to_fetch(model_id, revision)

@@ -10,7 +10,10 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
+try:
+    import pytest
+except ModuleNotFoundError:
+    sys.exit("error: the programs of tests/ need more than training does: pip install -r tests/requirements.txt")
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState

@@ -1,5 +1,6 @@
 """The check of a card says so where there is none, and works: it is rehearsed on the CPU."""
 
+import runpy
 import subprocess
 import sys
 
@@ -23,6 +24,13 @@ def test_a_figure_out_of_its_bounds_is_marked_and_remembered(differences, capsys
     bad = [not difference <= 0.1 for difference in differences]
     assert table.is_good == (not any(bad))
     assert ["OUT OF BOUNDS" in line for line in capsys.readouterr().out.splitlines()[2:]] == bad
+
+
+def test_without_what_tests_need_programs_say_so_in_one_line(monkeypatch):
+    """Whoever has a card has what training needs, no more."""
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    with pytest.raises(SystemExit, match=r"^error: the programs of tests/ need .*: pip install -r tests/require.*txt$"):
+        runpy.run_path(str(ROOT / "tests" / "conftest.py"))
 
 
 @pytest.mark.slow

@@ -494,8 +494,11 @@ def test_weights_of_another_shape_or_name_are_named(tmp_path):
 
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub():
     """As a mistyped path to a local one would be, with the advice to download it."""
-    with pytest.raises(InputError, match="^cannot load .*tiny_moondrea: it is not there, though .*tests is$"):
+    words = "^cannot load .*tiny_moondrea: it is not there, though .*tests is; nearest is .*tests/tiny_moondream2$"
+    with pytest.raises(InputError, match=words):
         script.load_tokenizer(str(TINY.with_name("tiny_moondrea")), script.REVISION)
+    with pytest.raises(InputError, match="^cannot load .*xyz: it is not there, though .*tests is$"):
+        script.load_tokenizer(str(TINY.with_name("xyz")), script.REVISION)
 
 
 def test_damaged_weights_are_one_line(tmp_path):
