@@ -51,6 +51,6 @@ def try_out(text_model, layer, rows, questions, tokens):
     document_ids = torch.zeros(rows, tokens, dtype=torch.long, device=weight.device)
     document_ids[:, PREFIX:] = torch.arange(tokens - PREFIX, device=weight.device) * questions // (tokens - PREFIX) + 1
     mask = row_mask(document_ids, PREFIX) if questions > 1 else None
-    mask = attention_mask_4d(mask, tokens, 0, PREFIX if config.two_way_prefix else 0, weight.device)
+    mask = attention_mask_4d(mask, tokens, 0, PREFIX if config.two_way_prefix else 0, x)
     places = torch.arange(tokens, device=weight.device).expand(rows, -1)
     layer(x, *rotary_angles(places, config.rotary_dim, config.rotary_theta), mask, None, None).sum().backward()

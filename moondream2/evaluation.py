@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from moondream2.cli import InputError
 from moondream2.features import image_embeds
 from moondream2.launch import gather, whole_weights
-from moondream2.modeling_moondream2 import to_answer
+from moondream2.modeling_moondream2 import RoomyCache, to_answer
 from moondream2.rows import text_inputs
 from moondream2.scoring import is_correct, mean
 
@@ -54,7 +54,8 @@ def evaluate_batch(model, tokenizer, batch, asked):
     examples = [[example.key in asked for example in row] for row in batch["rows"]]
     is_asked = any(map(any, examples))
     embeds = image_embeds(batch["pictures"], model.vision_encoder, device)
-    out = model.text_model(**text_inputs(batch, device), image_embeds=embeds, use_cache=is_asked)
+    cache = RoomyCache() if is_asked else None
+    out = model.text_model(**text_inputs(batch, device), image_embeds=embeds, past_key_values=cache)
     targets = [token for row in batch["rows"] for example in row for token in example.answer_ids]
     loss = F.cross_entropy(out.logits.float(), torch.tensor(targets, device=device), reduction="sum")
     if not is_asked:
@@ -64,7 +65,7 @@ def evaluate_batch(model, tokenizer, batch, asked):
     wanted = torch.tensor([row + [False] * (most - len(row)) for row in examples], device=device)
     # The pass that gave the loss has also read each prompt: its last token's logits begin the answer.
     begins = torch.searchsorted(rows["answer_positions"], rows["prompt_ends"].clamp(min=0))
-    decoded = model.decode(out.logits[begins], rows, out.past_key_values, tokenizer.eos_token_id, asked=wanted)
+    decoded = model.decode(out.logits[begins], rows, cache, tokenizer.eos_token_id, asked=wanted)
     answered = [
         (example.key, to_answer(*answer, tokenizer))
         for row, answers in zip(batch["rows"], decoded, strict=True)

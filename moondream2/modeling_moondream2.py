@@ -261,27 +261,29 @@ def on_device_of(parameter, x):
 
 
 def rotary_angles(position_ids, dim, theta):
-    """cos and sin (batch, 1, tokens, dim / 2) of each position's angles. Float32: bfloat16 can't tell 700 from 701."""
+    """What `rotate` takes, two of (batch, 1, tokens, dim). Float32: bfloat16 can't tell positions 700 and 701 apart."""
     frequencies = theta ** (-torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim)
     angles = position_ids[:, None, :, None] * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turns the first 2 * cos.shape[-1] dimensions of x (batch, heads, tokens, dim), pairing each half's i-th ones."""
-    half = cos.shape[-1]
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    a, b = a.float(), b.float()
-    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
+    """Turns the first cos.shape[-1] dimensions of x (..., tokens, dim), pairing each half's i-th ones."""
+    dim = cos.shape[-1]
+    turned, rest = x.split([dim, x.shape[-1] - dim], dim=-1)  # whose backward pass is one kernel, and slices' several
+    turned = turned.float()
+    turned = turned * cos + turned.roll(dim // 2, dims=-1) * sin
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
 def eager_attention(q, k, v, attn_mask, is_causal):
-    """What F.scaled_dot_product_attention computes, written out; `attn_mask` is boolean."""
+    """What F.scaled_dot_product_attention computes, written out; `attn_mask` is one that is added."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        attn_mask = torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype, device=q.device).triu(1)
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
+        scores = scores + attn_mask
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
@@ -298,11 +300,12 @@ def attention(qkv, cos, sin, mask, cache, layer, config):
     attend = eager_attention if config._attn_implementation == "eager" else F.scaled_dot_product_attention
     prefix = 0 if mask is None else q.shape[2] - mask.shape[2]
     is_causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210, a compiler's condition is no bool
-    x = attend(q[:, :, prefix:], k, v, attn_mask=mask, is_causal=is_causal)
-    if prefix:
-        picture = (each[:, :, :prefix] for each in (q, k, v))
-        x = torch.cat([attend(*picture, attn_mask=None, is_causal=not config.two_way_prefix), x], dim=2)
-    return rearrange(x, "b h t d -> b t (h d)")
+    if not prefix:
+        return attend(q, k, v, attn_mask=mask, is_causal=is_causal).transpose(1, 2).flatten(2)
+    picture, text = q.split([prefix, q.shape[2] - prefix], dim=2)
+    picture = attend(picture, k[:, :, :prefix], v[:, :, :prefix], attn_mask=None, is_causal=not config.two_way_prefix)
+    text = attend(text, k, v, attn_mask=mask, is_causal=False)
+    return torch.cat([picture.transpose(1, 2), text.transpose(1, 2)], dim=1).flatten(2)
 
 
 def at(positions, x):
@@ -310,22 +313,21 @@ def at(positions, x):
     return x if positions is None else x.flatten(0, 1)[positions]
 
 
-def attention_mask_4d(mask, tokens, past, prefix, device):
-    """A boolean (batch or 1, 1, queries, past + tokens), True where attention goes; None where causal says it all.
+def attention_mask_4d(mask, tokens, past, prefix, like):
+    """What scores get (batch or 1, 1, queries, past + tokens), of the type of `like`; None where causal says it.
 
-    `mask` is None, 2-D (batch, past + tokens) with 0 at padding, or already 4-D. The queries are the newest tokens; the
-    first `prefix`, which are none of them, see each other by the release's rule, and are no padding.
+    It is made once for all layers, each of which would keep its own of a boolean one. `mask` is None, 2-D (batch, past
+    + tokens) with 0 at padding, or already 4-D boolean, True where attention goes. The queries are the newest tokens;
+    the first `prefix`, which are none of them, see each other by the release's rule, and are no padding.
     """
-    if mask is not None and mask.dim() == 4:
-        return mask
     if mask is None and not prefix and (past == 0 or tokens == 1):
         return None
-    causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)[prefix:]
-    if mask is None:
-        return causal[None, None]
-    # Padding sees itself: a softmax over nothing would be NaN, and NaN spreads.
-    itself = torch.eye(past + tokens, dtype=torch.bool, device=device)[past + prefix :]
-    return (causal & mask.bool()[:, None, None, :]) | itself
+    if mask is None or mask.dim() == 2:
+        causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=like.device).tril(past)[prefix:]
+        # Padding sees itself: a softmax over nothing would be NaN, and NaN spreads.
+        itself = torch.eye(past + tokens, dtype=torch.bool, device=like.device)[past + prefix :]
+        mask = causal[None, None] if mask is None else (causal & mask.bool()[:, None, None, :]) | itself
+    return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
 
 
 class Pretrained(PreTrainedModel):
@@ -420,7 +422,7 @@ class Phi(Pretrained, GenerationMixin):
         elif position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=x.device)[None]
         cos, sin = rotary_angles(position_ids, self.config.rotary_dim, self.config.rotary_theta)
-        mask = attention_mask_4d(attention_mask, tokens, past, prefix, x.device)
+        mask = attention_mask_4d(attention_mask, tokens, past, prefix, x)
         for block in self.layers:
             if states is not None:
                 states.append(x)
@@ -442,6 +444,7 @@ def token_ids(texts, tokenizer):
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
 
 
+ROOM = 64  # positions by which what is decoded grows: few lengths, for which a GPU has kernels ready
 MAX_NEW_TOKENS = 256  # in an answer of a model whose generation_config.json does not say
 NO_TOKEN = -1  # stands behind an answer's end
 
@@ -476,7 +479,7 @@ def lay_out_rows(rows, bos, image_tokens, multiple=1):
     """
     prefix = 1 + image_tokens
     longest = prefix + max(sum(len(prompt) + len(answer) for prompt, answer in row) for row in rows)
-    tokens = math.ceil(longest / multiple) * multiple
+    tokens = up_to_multiple(longest, multiple)
     input_ids = torch.full((len(rows), tokens - image_tokens), bos)
     document_ids = torch.full((len(rows), tokens), -1)
     document_ids[:, :prefix] = 0
@@ -504,6 +507,10 @@ def lay_out_rows(rows, bos, image_tokens, multiple=1):
     }
 
 
+def up_to_multiple(number, multiple):
+    return math.ceil(number / multiple) * multiple
+
+
 def row_mask(document_ids, prefix, queries=None):
     """Who sees whom in rows of `lay_out_rows`: 4-D boolean for the text model.
 
@@ -520,6 +527,35 @@ def row_mask(document_ids, prefix, queries=None):
     tokens = document_ids.shape[1]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()[prefix:]
     return causal & ((keys == 0) | (keys == document_ids[:, None, prefix:, None]))
+
+
+class RoomyCache:
+    """Keys and values of rows, with room for what is decoded behind them.
+
+    transformers' DynamicCache copies all that was read for each token that is decoded, which takes as long as reading
+    the weights as soon as there are some ten rows. Here every ROOM tokens make one copy, with room for as many more:
+    zeros, which a mask is to hide.
+    """
+
+    def __init__(self):
+        self.layers = {}  # of each its keys, its values, and of how many tokens they are
+
+    def get_seq_length(self):
+        return next((tokens for _, _, tokens in self.layers.values()), 0)
+
+    def update(self, k, v, layer):
+        """Adds those of new tokens (rows, heads, tokens, dim); returns all, and behind the first call their room."""
+        if layer not in self.layers:
+            self.layers[layer] = k, v, k.shape[2]
+            return k, v
+        keys, values, read = self.layers[layer]
+        new = slice(read, read + k.shape[2])
+        if new.stop > keys.shape[2]:
+            room = up_to_multiple(new.stop, ROOM) - keys.shape[2]
+            keys, values = (F.pad(each, (0, 0, 0, room)) for each in (keys, values))
+        keys[:, :, new], values[:, :, new] = k, v
+        self.layers[layer] = keys, values, new.stop
+        return keys, values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -635,7 +671,7 @@ class Release(Pretrained, GenerationMixin):
             attention_mask=row_mask(rows["document_ids"], 1 + image_tokens),
             position_ids=rows["position_ids"],
             answer_positions=rows["prompt_ends"].clamp(min=0).flatten(),
-            use_cache=True,
+            past_key_values=RoomyCache(),
         )
         first = out.logits.unflatten(0, rows["prompt_ends"].shape)
         answers = self.decode(first, rows, out.past_key_values, eos, max_new_tokens)
@@ -649,7 +685,7 @@ class Release(Pretrained, GenerationMixin):
             first: (rows, questions, vocabulary), the logits of each answer's first token.
             rows: of `lay_out_rows`, on the model's device, which the text model has read; their own answers, if they
                 have any, stay unseen.
-            cache: the keys and values of what it has read.
+            cache: a RoomyCache of what it has read.
             asked: (rows, questions), True where an answer is wanted; all where None.
         Returns:
             for each row a list of (token ids, probability of all of them): `eos` is the last unless the answer was
@@ -662,7 +698,8 @@ class Release(Pretrained, GenerationMixin):
         is_answer = rows["answer_positions"] + 1
         document_ids = rows["document_ids"].flatten().index_fill(0, is_answer, -1).view_as(rows["document_ids"])
         questions = torch.arange(1, ends.shape[1] + 1, device=ends.device).expand_as(ends)
-        logits, answers, log_probability = first, [], torch.zeros(ends.shape, device=ends.device)
+        read, logits, answers = document_ids.shape[1], first, []
+        log_probability = torch.zeros(ends.shape, device=ends.device)
         while True:
             token = logits.argmax(-1)
             chosen = logits.float().log_softmax(-1).gather(-1, token[..., None])[..., 0]
@@ -671,7 +708,10 @@ class Release(Pretrained, GenerationMixin):
             done = done | (token == eos) | (position_ids >= self.config.text_config.max_position_embeddings)
             if len(answers) == most or done.all():
                 break
-            document_ids = torch.cat([document_ids, questions], dim=1)
+            room = up_to_multiple(read + questions.shape[1], ROOM) - document_ids.shape[1]
+            document_ids = F.pad(document_ids, (0, max(0, room)), value=-1)
+            document_ids[:, read : read + questions.shape[1]] = questions
+            read += questions.shape[1]
             out = self(
                 input_ids=token,  # what comes after an answer's end is read, and not used
                 attention_mask=row_mask(document_ids, 0, questions),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from queue import Queue
 
@@ -20,7 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from moondream2 import modeling_moondream2
-from moondream2.modeling_moondream2 import lay_out_rows, preprocess, prompt_text, row_mask, upright_rgb
+from moondream2.modeling_moondream2 import (
+    RoomyCache,
+    lay_out_rows,
+    preprocess,
+    prompt_text,
+    row_mask,
+    upright_rgb,
+)
 
 TINY = Path(__file__).parent / "tiny_moondream2"
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # its name in from_pretrained
@@ -381,6 +389,26 @@ def test_a_new_token_costs_one_tokens_work(model, tokenizer):
     assert [tuple(each) for each in seen] == [(1, 1 + model.config.image_tokens + 5), (1, 2), (1, 2), (1, 2)]
 
 
+def test_decoding_copies_what_was_read_only_to_make_room(model, monkeypatch):
+    """70 tokens for each of two questions; a GPU meets few lengths of keys, for which it has its kernels ready."""
+    met, update = [], RoomyCache.update
+
+    def noting(cache, k, v, layer):
+        found = update(cache, k, v, layer)
+        if layer == 0:
+            met.append(found)
+        return found
+
+    monkeypatch.setattr(RoomyCache, "update", noting)
+    image, read = model.encode_image(picture()), 1 + model.config.image_tokens + 5
+    model.generate_ids(image, [[[5, 6, 7], [8, 9]]], bos=0, eos=-1, max_new_tokens=70)
+    lengths = [keys.shape[2] for keys, _ in met]
+    assert lengths == [read, *(-(-(read + 2 * step) // 64) * 64 for step in range(1, 70))]
+    for kept in zip(*met, strict=True):  # its keys, its values
+        copies = 1 + sum(before.data_ptr() != after.data_ptr() for before, after in pairwise(kept))
+        assert copies == len(set(lengths)) <= 4
+
+
 def test_gradient_checkpointing_changes_no_gradient(model):
     rows = lay_out_rows([[([5, 6], [7]), ([8], [9])]], bos=0, image_tokens=model.config.image_tokens)
     labels = torch.where(rows["document_ids"] > 0, 7, -100)
@@ -588,7 +616,8 @@ def test_in_bfloat16_positions_are_told_apart(model):
     model.text_model(input_ids=torch.tensor([[5, 6, 7, 8]]), position_ids=positions)
     powers = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64) / config.rotary_dim
     angles = positions[:, None, :, None] * config.rotary_theta**-powers
-    for got, expected in zip(given[0], (angles.cos(), angles.sin()), strict=True):
+    cos, sin = angles.cos(), angles.sin()
+    for got, expected in zip(given[0], (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)), strict=True):
         torch.testing.assert_close(got.double(), expected, atol=5e-4, rtol=0)
 
 
