@@ -4,9 +4,6 @@ import base64
 import io
 import re
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-
 from moondream2.verdict import BINS, TRUSTED, reliability, selective
 
 # The colours of the page and of its charts, for a browser set to light and for one set to dark.
@@ -40,6 +37,7 @@ PALETTE = {
         "notice-line": "#c99a1a",
     },
 }
+IN_PERCENT = "{x:.0%}"  # of an axis, as matplotlib takes it
 CURVES = {  # of a number in the history: its name, its colour, its style
     "train_loss": ("training", "second", "s--"),
     "valid_loss": ("validation", "first", "o-"),
@@ -91,6 +89,8 @@ def of_trust(predictions):
 
 def chart(title, parts, draw, *arguments):
     """{title, alt: what it says, light and dark: an SVG in base64}, drawn by `draw(axes, colours, *arguments)`."""
+    from matplotlib.figure import Figure  # a fifth of all that a run imports, of which its end alone has need
+
     colours = PALETTE["light"]
     figure = Figure(figsize=(4.3, 2.7), layout="constrained")
     axes = figure.add_subplot()
@@ -134,9 +134,9 @@ def draw_epochs(axes, colours, run, names, baseline):
         label = f"kept: epoch {run['kept_epoch']}"
         axes.axvline(run["kept_epoch"], color=colours["muted"], linewidth=6, alpha=0.25, label=label)
     axes.set_xlabel("epoch", color=colours["muted"])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params("x", integer=True)
     if "valid_accuracy" in names:
-        axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
+        axes.yaxis.set_major_formatter(IN_PERCENT)
 
 
 def draw_bins(axes, colours, found):
@@ -165,4 +165,4 @@ def draw_selective(axes, colours, points):
 def in_percent(axes, colours, label):
     axes.set_xlabel(label, color=colours["muted"])
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, 0))
+        axis.set_major_formatter(IN_PERCENT)

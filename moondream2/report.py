@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -174,15 +175,9 @@ def facts_of_run(constants, progress, train, valid, sets, device, test=None) -> 
     )
 
 
-def write_report(path: Path, run: dict) -> None:
-    """Writes the report of a run, or of scoring a saved model, whole or not at all.
-
-    Args:
-        path: of the HTML file.
-        run: of `facts`. Without training, the history has one entry at most and each prediction's "before" is None.
-    Raises:
-        InputError: the file can't be written.
-    """
+@cache
+def template():
+    """Of the page, with what it turns numbers into words by."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -193,9 +188,21 @@ def write_report(path: Path, run: dict) -> None:
         "times": times_of,
         "in_points": in_points,
     }
+    return templates.get_template("report.html.jinja")
+
+
+def write_report(path: Path, run: dict) -> None:
+    """Writes the report of a run, or of scoring a saved model, whole or not at all.
+
+    Args:
+        path: of the HTML file.
+        run: of `facts`. Without training, the history has one entry at most and each prediction's "before" is None.
+    Raises:
+        InputError: the file can't be written.
+    """
     scores, sets = scores_of(run), [judged_set(each) for each in run["sets"]]
     pictures, unshown = choose([picture for each in reversed(run["sets"]) for picture in by_picture(each)])
-    page = templates.get_template("report.html.jinja").render(
+    page = template().render(
         run=run,
         scores=scores,
         sets=sets,
