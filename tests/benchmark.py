@@ -35,7 +35,7 @@ from moondream2.modeling_moondream2 import HfMoondream, Moondream
 from moondream2.pace import operations
 from moondream2.pictures import look, pixels_of
 from moondream2.rows import lay_out, rows_of
-from tests.conftest import TINY, TINY_2025, constants, engine_of, start_script, step_of, write_lines
+from tests.shared import TINY, TINY_2025, constants, engine_of, start_script, step_of, write_lines
 
 SMALL = {"2024-08-26": TINY, "2025-06-21": TINY_2025}
 VALID_SHARE = 0.25  # validation questions for each training question

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import finetune_moondream as script
 from tests.compare_optimizers import in_processes, print_row
-from tests.conftest import ROOT
+from tests.shared import ROOT
 
 SEEDS = range(5)  # the first of which chooses the rate
 EVERY, THEIRS, ADAPTERS = "every weight", "the adapters' matrices, whole", "adapters"

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moondream2 import cli
 from moondream2 import modeling_moondream2 as modeling
 from moondream2.cli import InputError
-from tests.conftest import ROOT, TINY_2025
+from tests.shared import ROOT, TINY_2025
 
 try:
     import kestrel_native

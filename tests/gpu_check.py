@@ -35,8 +35,8 @@ from moondream2.pace import Pace, in_words
 from moondream2.pictures import read_ahead
 from moondream2.rows import StepSampler, lay_out, rows_of, text_inputs
 from tests.benchmark import Examples, build, timed
-from tests.conftest import ROOT, TINY, constants
 from tests.recipe import fill, fill_module, picture
+from tests.shared import ROOT, TINY, constants
 from tests.test_golden import BOS, GOLDEN, TEXT
 
 PICTURES, QUESTIONS = 16, 4  # of the steps that are timed, and questions on each picture
@@ -144,6 +144,8 @@ def whole_runs(table, folder, is_rehearsal):
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     alone = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} if is_rehearsal else {"CUDA_VISIBLE_DEVICES": first}
     flags = {"model_id": TINY, "epochs": 2, "batch_size": 8, "valid_answers": 8, "features_dir": folder / "features"}
+    if is_rehearsal:
+        flags |= {"train_file": "valid.jsonl", "valid_file": "tests/test.jsonl"}  # fewer
     expected = run({**flags, "output_dir": folder / "whole"}, **alone)[-1]["valid_loss"]
 
     def agrees(what, records):

@@ -228,12 +228,12 @@ def note(*values):
 def impatient():
     """A process that does not answer counts as dead after seconds."""
     in_float32()
-    processes.TIMEOUT = timedelta(seconds=10)
+    processes.TIMEOUT = timedelta(seconds=6)
 
 
 def reading_for_long():
     """What is waited for longer than for a dead process: first in the main process, then in each."""
-    processes.TIMEOUT = timedelta(seconds=6)
+    processes.TIMEOUT = timedelta(seconds=4)
 
     def read(seconds):
         time.sleep(seconds)
@@ -241,8 +241,8 @@ def reading_for_long():
 
     accelerator = processes.start()
     with processes.one_speaks(accelerator):
-        note(*processes.from_main(accelerator, read, 8))
-        processes.with_heartbeat(accelerator, accelerator.process_index == 1, read, 8)
+        note(*processes.from_main(accelerator, read, 6))
+        processes.with_heartbeat(accelerator, accelerator.process_index == 1, read, 6)
         note(processes.any_true(accelerator, False, accelerator.process_index == 1))
 
 

@@ -12,17 +12,22 @@ BLOCK = 1 << 14  # values that are made at once: they stay in the cache, so it t
 def fill(name, shape, scale=0.02, offset=0.0):
     """float32 values of standard deviation `scale` around `offset`, told by the parameter's name alone."""
     values = np.empty(int(np.prod(shape)), np.float32)
+    numbers, x, y, u = np.arange(BLOCK, dtype=np.uint64), *np.empty((2, BLOCK), np.uint64), np.empty(BLOCK)
     with np.errstate(over="ignore"):
         first = np.uint64(zlib.crc32(name.encode())) * np.uint64(0x9E3779B97F4A7C15)
         for start in range(0, len(values), BLOCK):
-            x = np.arange(start, min(start + BLOCK, len(values)), dtype=np.uint64) + first
-            x ^= x >> np.uint64(30)
-            x *= np.uint64(0xBF58476D1CE4E5B9)
-            x ^= x >> np.uint64(27)
-            x *= np.uint64(0x94D049BB133111EB)
-            x ^= x >> np.uint64(31)
-            u = (x >> np.uint64(11)) * 2.0**-53 * 2 - 1
-            values[start : start + BLOCK] = offset + u * np.sqrt(3) * scale
+            np.add(numbers, first + np.uint64(start), out=x)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                x ^= np.right_shift(x, np.uint64(shift), out=y)
+                x *= np.uint64(factor)
+            x ^= np.right_shift(x, np.uint64(31), out=y)
+            x >>= np.uint64(11)
+            np.multiply(x, 2.0**-52, out=u)
+            u -= 1
+            u *= np.sqrt(3)
+            u *= scale
+            u += offset
+            values[start : start + BLOCK] = u[: len(values) - start]
     return torch.from_numpy(values).view(shape)
 
 

@@ -23,7 +23,7 @@ from moondream2.features import image_embeds
 from moondream2.optimizer import Step
 from moondream2.pictures import pixels_of
 from moondream2.rows import rows_of, text_inputs
-from tests.conftest import TINY, both_releases, constants, dataset, engine_of, layer_out, step_of, untimed
+from tests.shared import TINY, both_releases, constants, dataset, engine_of, layer_out, step_of, untimed
 from tests.test_training import plain_losses
 
 RANK = 4

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests import benchmark
-from tests.conftest import ROOT
+from tests.shared import ROOT
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import finetune_moondream as script
 from moondream2 import check
 from moondream2.cli import InputError
 from moondream2.modeling_moondream2 import MoondreamConfig
-from tests.conftest import TINY, dataset, write_lines
+from tests.shared import TINY, dataset, write_lines
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import finetune_moondream as script
 from moondream2 import cli
 from moondream2.cli import InputError
-from tests.conftest import ROOT, run_python
+from tests.shared import ROOT, run_python
 
 KINDS = {name: kind for name, kind in get_type_hints(script).items() if name.isupper()}
 NAMES = list(KINDS)

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 import finetune_moondream as script
 from moondream2 import cli, launch, modeling_moondream2, optimizer
 from moondream2.cli import InputError
-from tests.conftest import TINY, draw_picture, write_lines
+from tests.shared import TINY, draw_picture, write_lines
 
 STEPS = 3  # of an epoch of the 18 training questions, at the values below
 

@@ -21,7 +21,7 @@ from moondream2.convert import leans
 from moondream2.data import parse_line, read_lines
 from moondream2.foreign import DATASETS, described
 from moondream2.pictures import KnownPictures, Picture, find_pictures
-from tests.conftest import ROOT, draw_picture, write_lines
+from tests.shared import ROOT, draw_picture, write_lines
 
 LLAVA = [
     {

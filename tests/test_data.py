@@ -15,7 +15,7 @@ import finetune_moondream as script
 from moondream2.cli import InputError
 from moondream2.data import hold_out
 from moondream2.pictures import KnownPictures, shown
-from tests.conftest import TINY, dataset, draw_picture, small_config, write_lines
+from tests.shared import TINY, dataset, draw_picture, small_config, write_lines
 
 LINE = {"image_path": "a.png", "question": "What?", "answer": "This."}
 

@@ -17,7 +17,7 @@ from moondream2.data import parse_line
 from moondream2.export_gguf import README as README_OF_EXPORT
 from moondream2.modeling_moondream2 import HfMoondreamConfig
 from moondream2.output_dir import MARKER, NAMES
-from tests.conftest import ROOT
+from tests.shared import ROOT
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments, pipeline
 from transformers.trainer import default_data_collator
 
-from tests.conftest import ROOT, TINY, TINY_2025, both_releases
+from tests.shared import ROOT, TINY, TINY_2025, both_releases
 
 PICTURES = [Image.open(ROOT / "images" / f"valid_00{number}.jpg") for number in (1, 2)]
 QUESTIONS = [

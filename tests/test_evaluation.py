@@ -10,7 +10,7 @@ from moondream2.evaluation import accuracy_of, draw_questions, evaluate, most_ne
 from moondream2.modeling_moondream2 import Answer
 from moondream2.pictures import pixels_of
 from moondream2.rows import whole_rows
-from tests.conftest import dataset, draw_picture, layer_out, write_lines
+from tests.shared import dataset, draw_picture, layer_out, write_lines
 from tests.test_training import plain_losses
 
 

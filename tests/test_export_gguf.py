@@ -30,7 +30,7 @@ from moondream2.cli import InputError
 from moondream2.export_gguf import export
 from moondream2.modeling_moondream2 import prompt_text, token_ids
 from moondream2.scoring import METRICS
-from tests.conftest import ROOT, TINY, TINY_2025, small_tokenizer
+from tests.shared import ROOT, TINY, TINY_2025, small_tokenizer
 
 MARKER = f"<__media_{'a' * 32}__>"  # in the form of the server's own
 OLLAMA_MARKER = f"<__ollama_media_{'0' * 32}__>"

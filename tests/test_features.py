@@ -25,7 +25,7 @@ from moondream2.modeling_moondream2 import PIXELS_VERSION, preprocess
 from moondream2.pictures import CLIPPED, CUT, FLAT, SCALED, PictureError, examine, look, pixels_of
 from moondream2.rows import lay_out
 from tests.child import Child, Children
-from tests.conftest import ROOT, TINY, draw_picture
+from tests.shared import ROOT, TINY, draw_picture
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests import gpu_check
-from tests.conftest import ROOT
+from tests.shared import ROOT
 
 
 def test_without_a_card_it_says_so_and_ends_well(monkeypatch, capsys):
@@ -30,7 +30,7 @@ def test_without_what_tests_need_programs_say_so_in_one_line(monkeypatch):
     """Whoever has a card has what training needs, no more."""
     monkeypatch.setitem(sys.modules, "pytest", None)
     with pytest.raises(SystemExit, match=r"^error: the programs of tests/ need .*: pip install -r tests/require.*txt$"):
-        runpy.run_path(str(ROOT / "tests" / "conftest.py"))
+        runpy.run_path(str(ROOT / "tests" / "shared.py"))
 
 
 @pytest.mark.slow

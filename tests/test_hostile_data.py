@@ -16,7 +16,7 @@ from PIL import Image
 from moondream2.cli import InputError
 from moondream2.modeling_moondream2 import preprocess
 from moondream2.pictures import PictureError, look, pixels_of
-from tests.conftest import dataset, draw_picture
+from tests.shared import dataset, draw_picture
 
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", 150))
 SETTINGS = settings(

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moondream2.modeling_moondream2 import HfMoondreamConfig, token_ids
-from tests.conftest import ROOT, TINY_2025, start_script
+from tests.shared import ROOT, TINY_2025, start_script
 
 pytestmark = pytest.mark.slow  # `python -m pytest` does without the engine
 

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from moondream2 import launch
 from moondream2.checkpoints import Progress
 from tests.child import Children
-from tests.conftest import ROOT, TINY, TINY_2025, untimed
 from tests.launched import (
     agreeing,
     failing,
@@ -42,6 +41,7 @@ from tests.launched import (
     stopped_before_it_is_applied,
     variables_of,
 )
+from tests.shared import ROOT, TINY, TINY_2025, untimed
 
 slow = pytest.mark.slow
 

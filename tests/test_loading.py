@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import finetune_moondream as script
 from moondream2 import ask, loading
 from moondream2.cli import InputError
-from tests.conftest import ROOT, TINY, TINY_2025, start_script
+from tests.shared import ROOT, TINY, TINY_2025, start_script
 
 CODE = """
 from pathlib import Path

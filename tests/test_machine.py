@@ -14,7 +14,7 @@ from moondream2 import ask, launch
 from moondream2.cli import InputError
 from moondream2.machine import free_memory, row_multiple, what_it_runs_on
 from tests.child import Children
-from tests.conftest import TINY
+from tests.shared import TINY
 
 CPU = torch.device("cpu")
 SLOW = "a step of the full Moondream2 takes about a minute on two cores"

@@ -8,8 +8,8 @@ import finetune_moondream as script
 from moondream2 import cli
 from moondream2.cli import InputError
 from tests import forked, mutations
-from tests.conftest import ROOT
 from tests.mutations import Change, read_changes
+from tests.shared import ROOT
 
 
 def test_each_change_still_applies():

@@ -23,7 +23,7 @@ from moondream2.optimizer import (
     to_int8,
 )
 from tests import compare_optimizers
-from tests.conftest import ROOT
+from tests.shared import ROOT
 
 
 def whole(optimizer, p):

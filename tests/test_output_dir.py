@@ -9,7 +9,7 @@ from moondream2 import output_dir
 from moondream2.cli import InputError
 from moondream2.launch import TRACKED
 from moondream2.output_dir import LOCK, MARKER, NAMES, OutputDir
-from tests.conftest import TINY
+from tests.shared import TINY
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from moondream2.checkpoints import Progress
 from moondream2.features import image_embeds
 from moondream2.pace import Pace, in_words, larger_batch_size, operations, peak_rate
 from moondream2.rows import StepSampler, text_tokens
-from tests.conftest import TINY, constants, dataset, layer_out
+from tests.shared import TINY, constants, dataset, layer_out
 from tests.test_rows import PREFIX, Example
 from tests.test_training import collated
 

@@ -39,7 +39,7 @@ from moondream2.pictures import (
     rows_there,
     set_up_pillow,
 )
-from tests.conftest import ROOT, draw_picture
+from tests.shared import ROOT, draw_picture
 
 
 def age(path, seconds=10):

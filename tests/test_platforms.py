@@ -11,8 +11,8 @@ import pytest
 
 from moondream2 import launch
 from tests.child import Child
-from tests.conftest import ROOT, TINY
 from tests.on_windows import FORBIDDEN, train
+from tests.shared import ROOT, TINY
 
 ODD = "Is it 安全, señor?"
 

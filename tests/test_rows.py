@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from moondream2.rows import StepSampler, text_tokens, whole_rows
-from tests.conftest import ROOT, dataset
+from tests.shared import ROOT, dataset
 
 PREFIX = 730  # BOS and a picture
 

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moondream2.scoring import anls, baseline_accuracy, is_correct, is_exact, mean, most_frequent_answers, normalize
-from tests.conftest import ROOT
+from tests.shared import ROOT
 
 PAGE = (ROOT / "docs" / "scoring.md").read_text(encoding="utf-8")
 

@@ -31,7 +31,7 @@ from moondream2.cli import InputError
 from moondream2.modeling_moondream2 import Answer
 from moondream2.pictures import CUT, SCALED, set_up_pillow
 from moondream2.verdict import sureness
-from tests.conftest import ROOT, TINY, small_tokenizer
+from tests.shared import ROOT, TINY, small_tokenizer
 
 EVIL = "</script><script>window.evil = 1</script>\"'><img src=nothing onerror='window.evil = 1'>{{ 7 * 7 }}"
 QUESTIONS = [

@@ -20,7 +20,7 @@ from moondream2.cli import InputError
 from moondream2.modeling_moondream2 import Answer
 from moondream2.pictures import pixels_of
 from moondream2.scoring import baseline_accuracy
-from tests.conftest import TINY, dataset, untimed, write_lines
+from tests.shared import TINY, dataset, untimed, write_lines
 from tests.test_wiring import judged
 
 
@@ -236,10 +236,18 @@ def whole(flags, run_main, tmp_path):
     return results(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("call", [2, 5], ids=["before training", "at the end"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted(signal.SIGTERM)], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    ("error", "call"),
+    [
+        (KeyboardInterrupt(), 2),
+        pytest.param(KeyboardInterrupt(), 5, marks=pytest.mark.slow),
+        pytest.param(Interrupted(signal.SIGTERM), 2, marks=pytest.mark.slow),
+        (Interrupted(signal.SIGTERM), 5),
+    ],
+    ids=["killed before training", "killed at the end", "stopped before training", "stopped at the end"],
+)
 def test_killed_or_stopped_while_it_is_answered_it_comes_to_the_same(
-    flags, whole, run_main, monkeypatch, capsys, call, error
+    flags, whole, run_main, monkeypatch, capsys, error, call
 ):
     """Evaluations: validation, test, two more validations, test."""
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):

@@ -15,7 +15,7 @@ from moondream2 import ask, check, modeling_moondream2
 from moondream2.cli import InputError
 from moondream2.loading import choose_views
 from moondream2.modeling_moondream2 import HfMoondreamConfig
-from tests.conftest import TINY, constants
+from tests.shared import TINY, constants
 
 
 @pytest.fixture

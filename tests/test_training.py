@@ -17,7 +17,7 @@ from moondream2.cli import InputError
 from moondream2.features import image_embeds
 from moondream2.pictures import pixels_of
 from moondream2.rows import StepSampler, row_length, rows_of, text_inputs
-from tests.conftest import (
+from tests.shared import (
     both_releases,
     constants,
     dataset,
