@@ -532,9 +532,8 @@ def row_mask(document_ids, prefix, queries=None):
 class RoomyCache:
     """Keys and values of rows, with room for what is decoded behind them.
 
-    transformers' DynamicCache copies all that was read for each token that is decoded, which takes as long as reading
-    the weights as soon as there are some ten rows. Here every ROOM tokens make one copy, with room for as many more:
-    zeros, which a mask is to hide.
+    transformers' DynamicCache copies all that was read for each token that is decoded: of ten rows as many bytes as the
+    weights have. Here every ROOM tokens make one copy, with room for as many more: zeros, which a mask is to hide.
     """
 
     def __init__(self):
