@@ -29,7 +29,16 @@ from moondream2.features import FeatureStore, chunks_with, encode_pictures
 from moondream2.files import write_text
 from moondream2.loading import checked_loading
 from moondream2.machine import row_multiple, set_up_torch
-from moondream2.pictures import KnownPictures, PictureError, examine, find_pictures, look, read_ahead, set_up_pillow
+from moondream2.pictures import (
+    KnownPictures,
+    PictureError,
+    examine,
+    find_pictures,
+    look,
+    nearest,
+    read_ahead,
+    set_up_pillow,
+)
 from moondream2.report import facts, machine, means_of, predictions, write_report
 from moondream2.rows import lay_out, whole_rows
 from moondream2.scoring import METRICS
@@ -55,6 +64,9 @@ def ask(model, tokenizer, path, questions):
 
     So what a program reads is the answers alone.
     """
+    if not Path(path).exists():
+        near = nearest(Path(path).parent, Path(path).name)
+        raise InputError(f"there is no picture {path}" + (f"; nearest is {Path(path).parent / near}" if near else ""))
     try:
         pixels, remarks = examine(look(Path(path)), model.vision_encoder.preprocess)
     except PictureError as error:

@@ -314,12 +314,15 @@ def at(positions, x):
 
 
 def attention_mask_4d(mask, tokens, past, prefix, like):
-    """What scores get (batch or 1, 1, queries, past + tokens), of the type of `like`; None where causal says it.
+    """What is added to attention's scores: (batch or 1, 1, queries, past + tokens); None where causal says it all.
 
     It is made once for all layers, each of which would keep its own of a boolean one. `mask` is None, 2-D (batch, past
-    + tokens) with 0 at padding, or already 4-D boolean, True where attention goes. The queries are the newest tokens;
-    the first `prefix`, which are none of them, see each other by the release's rule, and are no padding.
+    + tokens) with 0 at padding, 4-D boolean, True where attention goes, or already what is returned. The queries are
+    the newest tokens; the first `prefix`, which are none of them, see each other by the release's rule, and are no
+    padding. `like` has the type and the device of what goes through the layers.
     """
+    if mask is not None and mask.dim() == 4 and mask.is_floating_point():
+        return mask
     if mask is None and not prefix and (past == 0 or tokens == 1):
         return None
     if mask is None or mask.dim() == 2:
@@ -383,8 +386,9 @@ class Phi(Pretrained, GenerationMixin):
         Args:
             input_ids: (batch, tokens); or inputs_embeds: (batch, tokens, width).
             image_embeds: (batch, 729, width), put after the first token; `tokens` below counts them.
-            attention_mask: 2-D (batch, past + tokens), 0 at padding, or 4-D boolean, True where attention goes, for the
-                newest tokens; what is before these is taken for BOS and picture, which see each other alone.
+            attention_mask: 2-D (batch, past + tokens), 0 at padding, or 4-D, boolean, True where attention goes, or to
+                be added to scores, for the newest tokens; what is before these is taken for BOS and picture, which see
+                each other alone.
             position_ids: (batch, tokens). Without it, tokens that are not padding are counted.
             past_key_values: a transformers Cache to go on from; `use_cache` alone starts one.
             labels: (batch, tokens), as in transformers: -100 where nothing is to be learned, not shifted.
@@ -543,7 +547,7 @@ class RoomyCache:
         return next((tokens for _, _, tokens in self.layers.values()), 0)
 
     def update(self, k, v, layer):
-        """Adds those of new tokens (rows, heads, tokens, dim); returns all, and behind the first call their room."""
+        """Adds those of new tokens (rows, heads, tokens, dim); returns all, from the second call on with their room."""
         if layer not in self.layers:
             self.layers[layer] = k, v, k.shape[2]
             return k, v
@@ -707,6 +711,7 @@ class Release(Pretrained, GenerationMixin):
             done = done | (token == eos) | (position_ids >= self.config.text_config.max_position_embeddings)
             if len(answers) == most or done.all():
                 break
+            # As wide as the cache: what is not written yet is of no document.
             room = up_to_multiple(read + questions.shape[1], ROOM) - document_ids.shape[1]
             document_ids = F.pad(document_ids, (0, max(0, room)), value=-1)
             document_ids[:, read : read + questions.shape[1]] = questions

@@ -554,6 +554,22 @@ def test_attention_is_the_one_that_was_asked_for(model, tokenizer, monkeypatch, 
     assert bool(calls) == (is_run == "sdpa")
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_mask_may_be_given_in_any_form(implementation):
+    """Padding alone, who sees whom, or what is added to scores."""
+    options = {"attn_implementation": implementation, DTYPE: torch.float32}
+    model, ids = AutoModelForCausalLM.from_pretrained(TINY, **options).eval(), torch.arange(5, 25).view(1, 20)
+    padding = torch.arange(20)[None] >= 6
+    sees = torch.ones(20, 20, dtype=torch.bool).tril() & (padding[0] | torch.eye(20, dtype=torch.bool))
+    added = torch.zeros(20, 20).masked_fill(~sees, float("-inf"))
+    given = {"input_ids": ids, "position_ids": torch.arange(20)[None]}
+    masks = None, padding.long(), sees[None, None], added[None, None]
+    unmasked, *logits = (model(**given, attention_mask=mask).logits[:, 6:] for mask in masks)
+    for each in logits:
+        torch.testing.assert_close(each, logits[0], atol=1e-5, rtol=1e-5)
+        assert (each - unmasked).abs().max() > 0.1
+
+
 def test_settings_of_any_configuration_are_taken():
     model = AutoModelForCausalLM.from_pretrained(TINY, pad_token_id=7, bos_token_id=0, eos_token_id=0, use_cache=False)
     config = model.config

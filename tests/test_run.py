@@ -333,8 +333,13 @@ def test_what_is_to_be_said_of_a_picture_that_is_asked_about_is_said_beside_the_
     said = capsys.readouterr()
     warning = f"warning: pictures of almost one colour, perhaps badly exported: {tmp_path / 'a.png'}\n"
     assert said.err.startswith(warning) and said.out.count("\n") == 1
-    with pytest.raises(InputError, match=r"cannot use the picture .*gone.png: FileNotFoundError"):
-        ask.ask(model, tokenizer, tmp_path / "gone.png", ["Why?"])
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"^cannot use the picture .*text.png: "):
+        ask.ask(model, tokenizer, tmp_path / "text.png", ["Why?"])
+    (tmp_path / "text.png").unlink()
+    for name, near in (("aa.png", f"; nearest is {tmp_path / 'a.png'}"), ("gone.jpg", "")):
+        with pytest.raises(InputError, match=f"^{re.escape(f'there is no picture {tmp_path / name}{near}')}$"):
+            ask.ask(model, tokenizer, tmp_path / name, ["Why?"])
 
 
 def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(data, tmp_path, monkeypatch):
