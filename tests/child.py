@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.child", "tests.launched", "tests.warmed"])
 
@@ -28,6 +30,7 @@ def run(work, out, file_size, environment, setup):
     `work` are the flags, or a function that is run in place of `main`.
     """
     os.environ.update(environment)
+    torch.set_num_threads(1)  # makes torch's pool anew, which threads of a fork would else do at once, and fail
     from matplotlib.figure import Figure
 
     import finetune_moondream
