@@ -98,11 +98,13 @@ def read_flags(module, argv):
 
 
 def comments(module):
-    """{name: (heading, comment)} for each name that begins a line of the module's file."""
+    """{name: (heading, comment)} for each name that begins a line of the module's file, up to its first definition."""
     found, heading, name = {}, None, None
     with tokenize.open(module.__file__) as file:
         for token in tokenize.generate_tokens(file.readline):
             begins_line = token.start[1] == 0
+            if token.string in ("class", "def") and begins_line:
+                break
             if token.type == tokenize.NAME and begins_line:
                 name = token.string
                 found[name] = heading, ""

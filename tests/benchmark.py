@@ -35,7 +35,7 @@ from moondream2.modeling_moondream2 import HfMoondream, Moondream
 from moondream2.pace import operations
 from moondream2.pictures import look, pixels_of
 from moondream2.rows import lay_out, rows_of
-from tests.shared import TINY, TINY_2025, constants, engine_of, start_script, step_of, write_lines
+from tests.shared import ROOT, TINY, TINY_2025, constants, engine_of, step_of, write_lines
 
 SMALL = {"2024-08-26": TINY, "2025-06-21": TINY_2025}
 VALID_SHARE = 0.25  # validation questions for each training question
@@ -353,8 +353,9 @@ def growth(count):
             lines = [{name: getattr(each, name) for name in ("image_path", "question", "answer")} for each in examples]
             flags[f"{split}_file"] = write_lines(folder / f"{split}.jsonl", lines)
         started = time.perf_counter()
-        process = start_script(flags)
-        process.stderr.read()  # the progress bars, which would fill their pipe; the few lines of stdout wait in theirs
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, str(ROOT / "finetune_moondream.py"), *words]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         assert status == 0
         records = [json.loads(line) for line in (folder / "out" / "training_log.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.child", "tests.launched", "tests.warmed"])
+CONTEXT.set_forkserver_preload(["tests.warmed"])
 
 
 def leave_undrawn(figure, file, **options):

@@ -174,7 +174,7 @@ def dense_inputs(batch, device):
     return {**text_inputs(batch, device), "attention_mask": mask}
 
 
-def rates(table, side):
+def rates(table, side, compiler):
     """The encoder's; then those of steps of 8 questions on 2 pictures, and of the same without each of their parts."""
     pictures = list(side.examples.pictures.values())
     chunks = [pictures[i : i + CHUNK] for i in range(0, len(pictures), CHUNK)]
@@ -198,7 +198,7 @@ def rates(table, side):
     ):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         if name == COMPILED:
-            compile_layers(side.model.text_model)
+            compile_layers(side.model.text_model, backend=compiler)
         if side.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with patch.object(script, "text_inputs", inputs):
@@ -239,7 +239,7 @@ def main(words=None):
         folder = Path(folder)
         golden_figures(table, device)
         step_against_cpu(table, device, folder, is_rehearsal)
-        rates(table, Side(folder, device, is_rehearsal))
+        rates(table, Side(folder, device, is_rehearsal), "eager" if is_rehearsal else "inductor")
         whole_runs(table, folder, is_rehearsal)
     sys.exit(0 if table.is_good else 1)
 

@@ -107,6 +107,7 @@ def run_in(folder, *flags):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(script, "compile_layers", lambda *args: None)
         patch.setattr(script, "train_epoch", lambda *args: None)
         losses = iter([3.0, 2.0, *(2.5 + i for i in range(20))])  # the first epoch is the best
         patch.setattr(script, "evaluate", lambda *args: (next(losses), {}))

@@ -26,7 +26,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moondream2.modeling_moondream2 import HfMoondreamConfig, token_ids
-from tests.shared import ROOT, TINY_2025, start_script
+from tests.child import Child
+from tests.shared import ROOT, TINY_2025
 
 pytestmark = pytest.mark.slow  # `python -m pytest` does without the engine
 
@@ -209,9 +210,8 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     flags = {"model_id": TINY_2025, "train_file": ROOT / "tests" / "test.jsonl", "valid_file": "none", "epochs": 1}
     flags |= {"valid_answers": 0}
-    run = start_script(flags | {"output_dir": folder / "saved", "features_dir": folder / "features"})
-    _, errors = run.communicate(timeout=300)
-    assert run.returncode == 0, errors
+    run = Child(flags | {"output_dir": folder / "saved", "features_dir": folder / "features"}, folder / "out.txt")
+    assert run.wait() == 0, run.text()
     return folder / "saved"
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import finetune_moondream as script
 from moondream2 import ask, loading
 from moondream2.cli import InputError
-from tests.shared import ROOT, TINY, TINY_2025, start_script
+from tests.shared import ROOT, TINY, TINY_2025
 
 CODE = """
 from pathlib import Path
@@ -270,33 +270,36 @@ def hub(as_downloaded, tmp_path):
     return make
 
 
-def test_from_the_hub_its_files_are_loaded_and_none_of_its_code(hub, data):
+def test_from_the_hub_its_files_are_loaded_and_none_of_its_code(hub, hub_is, data, run_main, capsys):
     flags = {"revision": COMMIT, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl", "epochs": 1}
     flags |= {"output_dir": data / "out", "features_dir": "none", "batch_size": 8, "valid_answers": 2}
-    run = start_script(flags, HF_HOME=str(hub(COMMIT)))
-    out, error = run.communicate()
-    assert run.returncode == 0, error
-    assert "Saved to" in out
+    hub_is(hub(COMMIT))
+    run_main(**flags)
+    assert "Saved to" in capsys.readouterr().out
     saved = json.loads((data / "out" / "config.json").read_text())
     assert saved["release"] == "2025-06-21" and saved["auto_map"]["AutoConfig"].startswith("modeling_moondream2.")
     model, tokenizer = ask.load(data / "out")
     assert tokenizer.convert_ids_to_tokens(3) == "<|md_reserved_2|>" and tokenizer.eos_token_id == 0
 
 
-def test_another_commit_of_the_hub_is_refused(hub, data):
-    flags = {"revision": OTHER, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl"}
-    run = start_script({**flags, "output_dir": data / "out"}, HF_HOME=str(hub(OTHER)))
-    out, error = run.communicate()
-    assert run.returncode == 1 and "Traceback" not in error
-    assert "vikhyatk/moondream2 is not Moondream2 of 2024-08-26 or 2025-06-21 (found HfMoondream, of another" in error
+def refused_by_a_run(run_main, data, revision):
+    flags = {"train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl", "output_dir": data / "out"}
+    with pytest.raises(InputError) as error:
+        run_main(revision=revision, **flags)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
-def test_without_the_hub_both_repositories_are_named(data, tmp_path):
-    flags = {"revision": COMMIT, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl"}
-    run = start_script({**flags, "output_dir": data / "out"}, HF_HOME=str(tmp_path))
-    _, error = run.communicate()
-    last = error.strip().splitlines()[-1]
-    assert run.returncode == 1 and last.startswith("error: cannot load vikhyatk/moondream2: ")
+def test_another_commit_of_the_hub_is_refused(hub, hub_is, data, run_main):
+    hub_is(hub(OTHER))
+    last = refused_by_a_run(run_main, data, OTHER)
+    assert "vikhyatk/moondream2 is not Moondream2 of 2024-08-26 or 2025-06-21 (found HfMoondream, of another" in last
+
+
+def test_without_the_hub_both_repositories_are_named(hub_is, data, tmp_path, run_main):
+    hub_is(tmp_path / "empty")
+    last = refused_by_a_run(run_main, data, COMMIT)
+    assert last.startswith("cannot load vikhyatk/moondream2: ")
     assert f"`hf download vikhyatk/moondream2 --revision {COMMIT} --local-dir moondream2-weights` and `hf" in last
     tokenizer = "moondream/starmie-v1 --revision 35192e10a54e36eabe0a7cc57a2c1aab371cafc5"
     assert f"`hf download {tokenizer} --local-dir moondream2-weights/starmie-v1`, copy it" in last

@@ -2,13 +2,12 @@
 
 import copy
 import math
-import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from moondream2 import optimizer as module
 from moondream2.optimizer import (
@@ -23,7 +22,7 @@ from moondream2.optimizer import (
     to_int8,
 )
 from tests import compare_optimizers
-from tests.shared import ROOT
+from tests.child import Child
 
 
 def whole(optimizer, p):
@@ -218,38 +217,38 @@ def test_a_kernel_that_is_told_to_changes_nothing(low):
             torch.testing.assert_close(got, each, rtol=0, atol=0, equal_nan=True)
 
 
-COMPILED = """
-import torch
-from moondream2 import optimizer
 def trained():
+    """What parameters of several shapes stand for after steps with gradients that lie in one tensor."""
     torch.manual_seed(0)
     shapes = [(60, 70), (50,), (64, 64), (4099,), (3000,), (8, 8), (300, 41)]
     parameters = [torch.nn.Parameter(torch.randn(shape).mul(0.02).bfloat16()) for shape in shapes]
-    adamw = optimizer.AdamW(parameters, 1e-4, (0.9, 0.99), 0.1)
+    adamw = AdamW(parameters, 1e-4, (0.9, 0.99), 0.1)
     for step in range(12):
         adamw.param_groups[0]["lr"] = 1e-4 / (step + 1)
         bucket = torch.randn(sum(p.numel() for p in parameters)).bfloat16()  # as several processes hold gradients
-        for p, grad in zip(parameters, bucket.split([p.numel() for p in parameters])):
+        for p, grad in zip(parameters, bucket.split([p.numel() for p in parameters]), strict=True):
             p.grad = grad.view_as(p)
         adamw.step()
-    return [optimizer.join(p.detach(), adamw.state[p]["low"]) for p in parameters]
-optimizer.CPU_PART = 1 << 12
-expected = trained()
-config = torch._dynamo.config.get_config_copy()
-with torch.no_grad():
-    compiled = optimizer.kernel("cpu", torch.bfloat16, 0.9, 0.99, 1e-8)
-optimizer.update_on = lambda *arguments: compiled
-for got, each in zip(trained(), expected):
-    torch.testing.assert_close(got, each, rtol=2**-14, atol=1e-7)
-kinds = torch.bfloat16, torch.bfloat16, torch.int8, torch.bfloat16, torch.int8
-parts = [torch.full([4099], 2.0, dtype=kind) for kind in kinds]
-parts[1] *= float("nan")
-with torch.no_grad():
-    compiled(*parts, numbers=(torch.tensor([0.9, 1e-3, 1.0, 0.3, 0.5, 1.0]), 0.9, 0.99, 1e-8))
-assert all((each == 2).all() for each in parts if each is not parts[1])
-assert torch._dynamo.config.get_config_copy() == config
-print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-"""
+    return [join(p.detach(), adamw.state[p]["low"]) for p in parameters]
+
+
+def compiled_and_plain(compiler):
+    """Prints how many graphs the compiled update took, once it has been compared with the plain one."""
+    inductor.cpp.cxx, module.CPU_PART = compiler, 1 << 12
+    expected, settings = trained(), torch._dynamo.config.get_config_copy()
+    with torch.no_grad():
+        compiled = module.kernel("cpu", torch.bfloat16, 0.9, 0.99, 1e-8)
+    module.update_on = lambda *arguments: compiled
+    for got, each in zip(trained(), expected, strict=True):
+        torch.testing.assert_close(got, each, rtol=2**-14, atol=1e-7)
+    kinds = torch.bfloat16, torch.bfloat16, torch.int8, torch.bfloat16, torch.int8
+    parts = [torch.full([4099], 2.0, dtype=kind) for kind in kinds]
+    parts[1] *= float("nan")
+    with torch.no_grad():
+        compiled(*parts, numbers=(torch.tensor([0.9, 1e-3, 1.0, 0.3, 0.5, 1.0]), 0.9, 0.99, 1e-8))
+    assert all((each == 2).all() for each in parts if each is not parts[1])
+    assert torch._dynamo.config.get_config_copy() == settings
+    print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiles for this machine's CPU, which takes g++")
@@ -258,12 +257,13 @@ print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 )
 def test_compiled_it_does_the_same_and_without_a_compiler_too(compiler, graphs, lines, tmp_path):
     """One graph for each kind of parameter, whatever their sizes, parts and rates; without a compiler one line."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == graphs
-    said = done.stderr.splitlines()
-    assert len(said) == lines, done.stderr
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # what was compiled before needs no compiler
+    environment = None if graphs else cache
+    child = Child(partial(compiled_and_plain, compiler), tmp_path / "out.txt", environment=environment)
+    assert child.wait() == 0, child.text()
+    *said, last = child.text().splitlines()
+    assert int(last) == graphs
+    assert len(said) == lines, said
     assert all("30 times slower" in line and "compiler" in line for line in said)
 
 

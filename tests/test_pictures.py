@@ -244,7 +244,8 @@ def set_up(monkeypatch):
 
 def test_importing_the_package_changes_no_setting_of_pillows():
     code = """
-import pkgutil, warnings
+import gc, pkgutil, warnings
+gc.disable()
 from PIL import Image, ImageDraw, ImageFile, PngImagePlugin
 import PIL.JpegImagePlugin, torch, transformers, accelerate, matplotlib
 def settings():

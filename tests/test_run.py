@@ -31,7 +31,6 @@ from tests.shared import (
     layer_out,
     run_python,
     small_tokenizer,
-    start_script,
     write_lines,
 )
 
@@ -423,7 +422,7 @@ def test_asking_about_a_file_names_each_metric(data, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0].endswith(scores)
 
 
-def test_from_the_hub_its_files_are_loaded_and_none_of_its_code(data, tmp_path):
+def test_from_the_hub_its_files_are_loaded_and_none_of_its_code(data, tmp_path, hub_is, run_main, capsys):
     """The default MODEL_ID and REVISION, found in a cache laid out as the hub's; its code would end the run."""
     snapshot = tmp_path / "hub" / "models--vikhyatk--moondream2" / "snapshots" / script.REVISION
     shutil.copytree(TINY, snapshot)
@@ -433,10 +432,9 @@ def test_from_the_hub_its_files_are_loaded_and_none_of_its_code(data, tmp_path):
     (snapshot / "moondream.py").write_text("raise SystemExit('code of the hub runs')")
     flags = {"train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl", "features_dir": "none"}
     flags |= {"output_dir": tmp_path / "out", "epochs": 1, "batch_size": 8}
-    run = start_script(flags, HF_HOME=str(tmp_path))
-    out, error = run.communicate()
-    assert run.returncode == 0, error
-    assert "Saved to" in out
+    hub_is(tmp_path)
+    run_main(**flags)
+    assert "Saved to" in capsys.readouterr().out
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["auto_map"]["AutoModelForCausalLM"] == "modeling_moondream2.Moondream"
 
