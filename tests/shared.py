@@ -45,6 +45,7 @@ def pytest_configure(config):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     os.fsync = leave_unflushed
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell starts with & ignores
 
 
 @pytest.fixture(scope="module")

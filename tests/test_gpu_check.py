@@ -1,7 +1,6 @@
 """The check of a card says so where there is none, and works: it is rehearsed on the CPU."""
 
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -34,11 +33,12 @@ def test_without_what_tests_need_programs_say_so_in_one_line(monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_works():
-    command = [sys.executable, "-m", "tests.gpu_check", "--rehearse"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")][2:]
+def test_it_works(capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main(["--rehearse"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0, printed
+    rows = [line for line in printed.splitlines() if line.startswith("|")][2:]
     assert [row.split(" | ")[0] for row in rows] == [
         "| golden embeddings",
         "| golden loss",

@@ -265,6 +265,28 @@ def test_the_gradients_length_is_exact_in_bfloat16(shapes):
         assert whole != pytest.approx(exact, rel=5e-5), "the parts show nothing"
 
 
+def test_the_gradients_length_takes_two_norms_however_many_there_are(tiny):
+    """One call for the norms of all, which a card answers by a few kernels, and the norm of these."""
+    for p in tiny.text_model.parameters():
+        p.grad = torch.ones_like(p)
+    with NotingCalls() as noting:
+        norm = script.gradient_norm(tiny.text_model.parameters())
+    assert norm.item() == pytest.approx(math.sqrt(sum(p.numel() for p in tiny.text_model.parameters())), rel=1e-5)
+    assert [name for name in noting.names if "norm" in name] == ["_foreach_norm.Scalar", "linalg_vector_norm.default"]
+
+
+class NotingCalls(TorchDispatchMode):
+    """Notes the names of torch's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
 def test_a_learning_rate_is_logged_with_the_step_that_it_made(tiny, tokenizer, train):
     engine = engine_of(tiny, lr_schedule="linear", warmup_steps=2, learning_rate=1e-3, steps=5)
     batches = collated(tiny, tokenizer, train, 4, 4)
