@@ -64,9 +64,6 @@ def ask(model, tokenizer, path, questions):
 
     So what a program reads is the answers alone.
     """
-    if not Path(path).exists():
-        near = nearest(Path(path).parent, Path(path).name)
-        raise InputError(f"there is no picture {path}" + (f"; nearest is {Path(path).parent / near}" if near else ""))
     try:
         pixels, remarks = examine(look(Path(path)), model.vision_encoder.preprocess)
     except PictureError as error:
@@ -237,6 +234,9 @@ def read_words():
         raise InputError("give a picture and at least one question, a .jsonl file alone, or --serve")
     if words.against and not words.is_file:
         raise InputError("--against compares two models on a .jsonl file")
+    if words.picture and not (path := Path(words.picture)).exists():  # said before a model is loaded for it
+        near = nearest(path.parent, path.name)
+        raise InputError(f"there is no {path}" + (f"; nearest is {path.parent / near}" if near else ""))
     return words
 
 

@@ -299,6 +299,17 @@ def test_what_can_not_be_asked_is_one_line(run_ask, words, said):
         run_ask(TINY, *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "near"), [(["aa.png", "Why?"], "a.png"), (["gone.jpg", "Why?"], None), (["alid.jsonl"], "valid.jsonl")]
+)
+def test_a_file_that_is_not_there_is_told_before_a_model_is_loaded(run_ask, tmp_path, words, near):
+    for name in ("a.png", "valid.jsonl"):
+        (tmp_path / name).write_text("")
+    near = f"; nearest is {tmp_path / near}" if near else ""
+    with pytest.raises(InputError, match=f"^{re.escape(f'there is no {tmp_path / words[0]}{near}')}$"):
+        run_ask("no model", tmp_path / words[0], *words[1:])
+
+
 def test_asking_a_model_that_is_not_there_is_one_line():
     with pytest.raises(InputError, match="there is no folder nowhere: give that of a saved model"):
         ask.load("nowhere")
@@ -306,7 +317,7 @@ def test_asking_a_model_that_is_not_there_is_one_line():
 
 @pytest.mark.parametrize(
     ("module", "argv", "next_call"),
-    [(script, ["--output_dir", "out"], "OutputDir"), (ask, ["model", "picture.png", "Why?"], "load")],
+    [(script, ["--output_dir", "out"], "OutputDir"), (ask, ["model", __file__, "Why?"], "load")],
     ids=["training", "asking"],
 )
 def test_pillows_settings_are_made_by_whoever_starts_a_run(monkeypatch, module, argv, next_call):
@@ -335,10 +346,6 @@ def test_what_is_to_be_said_of_a_picture_that_is_asked_about_is_said_beside_the_
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(InputError, match=r"^cannot use the picture .*text.png: "):
         ask.ask(model, tokenizer, tmp_path / "text.png", ["Why?"])
-    (tmp_path / "text.png").unlink()
-    for name, near in (("aa.png", f"; nearest is {tmp_path / 'a.png'}"), ("gone.jpg", "")):
-        with pytest.raises(InputError, match=f"^{re.escape(f'there is no picture {tmp_path / name}{near}')}$"):
-            ask.ask(model, tokenizer, tmp_path / name, ["Why?"])
 
 
 def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(data, tmp_path, monkeypatch):
