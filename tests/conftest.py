@@ -20,3 +20,7 @@ def pytest_configure(config):
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # as plugins expect that report
