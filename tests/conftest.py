@@ -3,7 +3,7 @@
 import gc
 import os
 
-# Large tensors keep their memory: to map and clear it anew took a tenth of the suite's time.
+# Large tensors keep their memory: to map and clear it anew took a tenth of the suite's processor time.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
