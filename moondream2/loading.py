@@ -94,6 +94,8 @@ def refuse_another(model_id, revision, config):
     """Raises InputError where `config`, what config.json holds, is not Moondream2's, or names code to be fetched."""
     if Path(model_id, "adapter_config.json").is_file():
         raise wrong_model(model_id, "it holds an adapter, which this script can't train or ask")
+    if Path(model_id).is_dir() and not Path(model_id, "config.json").is_file():
+        raise InputError(f"{model_id} holds no model, as no config.json: a run saves its own there when it ends")
     config = config if isinstance(config, dict) else {}
     kind = config.get("model_type") or "no model_type in a config.json"
     if kind != ReleaseConfig.model_type:

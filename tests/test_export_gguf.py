@@ -386,6 +386,7 @@ def replaced(folder, by):
 
 SPOILT = {
     "no folder": (shutil.rmtree, "there is no folder {}: give that of a saved model, a run's OUTPUT_DIR"),
+    "no model yet": (lambda folder: (folder / "config.json").unlink(), "{} holds no model, as no config.json: "),
     "another model": (partial(changed, model_type="llama"), "{} is not Moondream2 of 2024-08-26 or"),
     "a later commit": (partial(changed, architectures=["HfMoondream"]), "(found HfMoondream, of another commit"),
     "a release whose engine is another": (

@@ -116,11 +116,19 @@ def test_another_model_is_refused_at_its_configuration(folder, load, config, fou
 
 
 @loads
-@pytest.mark.parametrize("text", ["[]", None])
-def test_a_folder_without_a_configuration_is_refused(folder, load, text):
+def test_a_folder_without_a_configuration_is_refused(folder, load):
     file = folder() / "config.json"
-    file.unlink() if text is None else file.write_text(text)
+    file.write_text("[]")
     assert refused(load, file.parent) == "found no model_type in a config.json"
+
+
+@loads
+def test_the_folder_of_a_run_that_has_not_ended_is_refused(folder, load):
+    model = folder()
+    (model / "config.json").unlink()
+    with pytest.raises(InputError) as error:
+        load(model)
+    assert str(error.value) == f"{model} holds no model, as no config.json: a run saves its own there when it ends"
 
 
 @loads
