@@ -233,7 +233,8 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(flags, tmp_path, signu
     assert child.wait(60) == 128 + signum
     assert "The same command goes on from there." in child.text()
     assert "Traceback" not in child.text()
-    assert child.text().count("\nwritten") == written
+    # One more where the step after it waited already, when the signal came, for its own to be written.
+    assert child.text().count("\nwriting") == child.text().count("\nwritten") in (written, written and written + 1)
     (checkpoint,) = (flags["output_dir"] / "checkpoints").iterdir()
     assert checkpoint.name.startswith("epoch-")
 
