@@ -579,6 +579,16 @@ class Release(Pretrained, GenerationMixin):
     `generate`, such as num_beams or streamer; without any, answers are decoded greedily, all at once.
     """
 
+    revision = None  # of the hub's repository that the weights came from
+
+    @classmethod
+    def from_pretrained(cls, *args, revision="main", **kwargs):
+        """As transformers', which sets `name_or_path`: the model remembers `revision`, too, for its tokenizer."""
+        loaded = super().from_pretrained(*args, revision=revision, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair by `output_loading_info`
+        model.revision = revision
+        return loaded
+
     def get_input_embeddings(self):
         return self.text_model.get_input_embeddings()
 
@@ -648,8 +658,8 @@ class Release(Pretrained, GenerationMixin):
 
     @cached_property
     def _tokenizer(self):
-        """The one that belongs to the folder or repository that the weights came from."""
-        return self.config.load_tokenizer(self.name_or_path, getattr(self.config, "_commit_hash", None))
+        """The one that belongs to the folder, or the revision of a repository, that the weights came from."""
+        return self.config.load_tokenizer(self.name_or_path, self.revision)
 
     def _most_new_tokens(self, asked_for):
         return asked_for or self.generation_config.max_new_tokens or MAX_NEW_TOKENS

@@ -2,9 +2,11 @@
 
 import gc
 import os
+import warnings
 
 # Large tensors keep their memory: to map and clear it anew took a tenth of the suite's processor time.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+PILLOW = []  # its settings before this project is imported, and once all of it is
 
 
 def pytest_configure(config):
@@ -14,10 +16,26 @@ def pytest_configure(config):
         os.environ.update(ALLOCATOR)  # of the processes that it starts
     else:
         gc.disable()  # until all is imported: of what stays, none need be looked through
+        PILLOW.append(settings_of_pillow())
         config.pluginmanager.import_plugin("tests.shared")
 
 
+def settings_of_pillow():
+    """What Pillow's modules have as constants that a program may set, and the filters of its warnings."""
+    from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin
+
+    modules = Image, ImageFile, JpegImagePlugin, PngImagePlugin
+    settings = [{name: str(value) for name, value in vars(each).items() if name.isupper()} for each in modules]
+    return settings, [str(each) for each in warnings.filters if "PIL" in str(each)]
+
+
+def pytest_collection_modifyitems(items):
+    """What takes long is begun first, so that no process is left with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_collection_finish():
+    PILLOW.append(settings_of_pillow())
     gc.freeze()
     gc.enable()
 

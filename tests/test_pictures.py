@@ -1,11 +1,12 @@
 """Looking at pictures: each read once as long as it stays what it is, none decoded before it must be."""
 
 import builtins
+import importlib
 import io
 import json
 import os
+import pkgutil
 import runpy
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFile, PngImagePlugin
 
+import moondream2
 from moondream2 import modeling_moondream2, pictures
 from moondream2.cli import InputError
 from moondream2.pictures import (
@@ -39,7 +41,8 @@ from moondream2.pictures import (
     rows_there,
     set_up_pillow,
 )
-from tests.shared import ROOT, draw_picture
+from tests import conftest
+from tests.shared import draw_picture
 
 
 def age(path, seconds=10):
@@ -243,24 +246,12 @@ def set_up(monkeypatch):
 
 
 def test_importing_the_package_changes_no_setting_of_pillows():
-    code = """
-import gc, pkgutil, warnings
-gc.disable()
-from PIL import Image, ImageDraw, ImageFile, PngImagePlugin
-import PIL.JpegImagePlugin, torch, transformers, accelerate, matplotlib
-def settings():
-    modules = (Image, ImageFile, PngImagePlugin, PIL.JpegImagePlugin)
-    return [{name: str(value) for name, value in vars(module).items() if name.isupper()} for module in modules]
-before, filters = settings(), [each for each in warnings.filters if "PIL" in str(each)]
-import finetune_moondream, moondream2
-for module in pkgutil.iter_modules(moondream2.__path__):
-    __import__(f"moondream2.{module.name}")
-for one, other in zip(before, settings()):
-    print({name for name in one if one[name] != other[name]})
-print(filters == [each for each in warnings.filters if "PIL" in str(each)])
-"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.stdout.split() == ["set()"] * 4 + ["True"], run.stderr
+    before, after = conftest.PILLOW
+    assert before == after
+    before = conftest.settings_of_pillow()
+    for module in pkgutil.iter_modules(moondream2.__path__):  # what is left of it, where few tests are run
+        importlib.import_module(f"moondream2.{module.name}")
+    assert conftest.settings_of_pillow() == before
 
 
 @pytest.mark.parametrize("what", ["profile", "text", "text behind the pixels"])
