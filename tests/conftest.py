@@ -1,8 +1,11 @@
 """Where pytest looks for what tests share."""
 
 import gc
+import importlib
 import os
+import pkgutil
 import warnings
+from pathlib import Path
 
 # Large tensors keep their memory: to map and clear it anew took a tenth of the suite's processor time.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
@@ -18,6 +21,9 @@ def pytest_configure(config):
         gc.disable()  # until all is imported: of what stays, none need be looked through
         PILLOW.append(settings_of_pillow())
         config.pluginmanager.import_plugin("tests.shared")
+        for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "moondream2")]):
+            importlib.import_module(f"moondream2.{module.name}")
+        PILLOW.append(settings_of_pillow())
 
 
 def settings_of_pillow():
@@ -35,7 +41,6 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    PILLOW.append(settings_of_pillow())
     gc.freeze()
     gc.enable()
 

@@ -43,6 +43,9 @@ CHROMIUM_OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-
 def pytest_configure(config):
     """A model of 2 million parameters is slower on all cores than on one, and tests start several processes."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.pop("PYTEST_ADDOPTS", None)  # what a test starts pytest with is its own
+    paths = str(ROOT / "tests" / "starts"), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     torch.set_num_threads(1)
     os.fsync = leave_unflushed
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell starts with & ignores
@@ -231,7 +234,7 @@ def hub_is(monkeypatch):
 def run_python(code, cwd, **environment):
     """Python code in a process that knows nothing of this project; returns what it printed."""
     process = subprocess.run(
-        [sys.executable, "-P", "-c", f"import gc; gc.disable()\n{code}"],  # imports in two thirds of their time
+        [sys.executable, "-P", "-c", code],
         cwd=cwd,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,

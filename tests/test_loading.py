@@ -188,7 +188,9 @@ def test_every_loading_says_that_no_code_is_run():
         node
         for file in (ROOT / "finetune_moondream.py", *(ROOT / "moondream2").glob("*.py"))
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained"
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).endswith(".from_pretrained")
+        and ast.unparse(node.func) != "super().from_pretrained"  # which hands on what it was told
     ]
     said = [[each.value.value for each in call.keywords if each.arg == "trust_remote_code"] for call in calls]
     assert len(calls) >= 5 and said == [[False]] * len(calls)

@@ -1,11 +1,9 @@
 """Looking at pictures: each read once as long as it stays what it is, none decoded before it must be."""
 
 import builtins
-import importlib
 import io
 import json
 import os
-import pkgutil
 import runpy
 import sys
 import threading
@@ -19,7 +17,6 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFile, PngImagePlugin
 
-import moondream2
 from moondream2 import modeling_moondream2, pictures
 from moondream2.cli import InputError
 from moondream2.pictures import (
@@ -237,8 +234,8 @@ def set_up(monkeypatch):
     """`set_up()` as a run's start does; before it and after the test, Pillow is as it comes."""
     for place, name in ((Image, "ID"), (Image, "OPEN"), (Image, "MIME"), (Image, "EXTENSION")):
         own = getattr(place, name)
-        kept = [each for each in own if "HEI" not in each] if name == "ID" else dict(own)
-        monkeypatch.setattr(place, name, kept)
+        kept = [each for each in own if "HEI" not in (f"{each} {own[each]}" if isinstance(own, dict) else each).upper()]
+        monkeypatch.setattr(place, name, {each: own[each] for each in kept} if isinstance(own, dict) else kept)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2**30 // 12)
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 2**20)
     with warnings.catch_warnings():
@@ -248,10 +245,6 @@ def set_up(monkeypatch):
 def test_importing_the_package_changes_no_setting_of_pillows():
     before, after = conftest.PILLOW
     assert before == after
-    before = conftest.settings_of_pillow()
-    for module in pkgutil.iter_modules(moondream2.__path__):  # what is left of it, where few tests are run
-        importlib.import_module(f"moondream2.{module.name}")
-    assert conftest.settings_of_pillow() == before
 
 
 @pytest.mark.parametrize("what", ["profile", "text", "text behind the pixels"])
