@@ -11,7 +11,6 @@ from moondream2.modeling_moondream2 import (
     Moondream,
     MoondreamConfig,
     TextModel,
-    VisionEncoder,
     preprocess,
     preprocessed_size,
 )
@@ -63,15 +62,22 @@ def test_pixels(size, golden):
 
 
 @pytest.mark.slow
-def test_image_embeddings(golden):
-    """Of a picture with two tiles; how more of them lie, and that they may be none, tests of the small model say."""
-    with torch.device("meta"):
-        encoder = VisionEncoder(MoondreamConfig())
-    encoder = fill_module(encoder.to_empty(device="cpu"), "vision_encoder").eval()
+def test_image_embeddings_and_a_cards_figures(golden, capsys):
+    """Of a picture with two tiles; how more of them lie, and that they may be none, tests of the small model say.
+
+    And what the check of a card compares with these figures: its models are the same, and take seconds to fill.
+    """
+    from tests import gpu_check  # which has its figures from here
+
+    encoder, text_model = gpu_check.golden_models()
     with torch.no_grad():
         embeds = encoder(picture(600, 900))
     assert embeds.shape == (1, 729, 2048)
     torch.testing.assert_close(embeds[0, ::27, ::16], golden["vision.600x900.embeds"], atol=1e-4, rtol=0)
+    table = gpu_check.Table()
+    gpu_check.golden_figures(table, torch.device("cpu"), encoder, text_model)
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert table.is_good and [row.split(" | ")[0] for row in rows] == ["| golden embeddings", "| golden loss"]
 
 
 def sequence(model, which):

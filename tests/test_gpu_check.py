@@ -33,15 +33,16 @@ def test_without_what_tests_need_programs_say_so_in_one_line(monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_works(capsys):
+def test_it_works(monkeypatch, capsys):
+    """All but the golden figures, which test_golden.py compares."""
+    monkeypatch.setattr(gpu_check, "golden_models", lambda: [])
+    monkeypatch.setattr(gpu_check, "golden_figures", lambda table, device: None)
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(["--rehearse"])
     printed = capsys.readouterr().out
     assert ended.value.code == 0, printed
     rows = [line for line in printed.splitlines() if line.startswith("|")][2:]
     assert [row.split(" | ")[0] for row in rows] == [
-        "| golden embeddings",
-        "| golden loss",
         "| a step's loss, of the CPU's in float32",
         "| a step's gradient, of the CPU's in float32",
         "| pictures are encoded",
@@ -54,5 +55,5 @@ def test_it_works(capsys):
         "| a run that is stopped and goes on: its last loss",
         "| two processes, DDP: its last loss",
     ]
-    assert sum(row.endswith("| ok |") for row in rows) == 6
+    assert sum(row.endswith("| ok |") for row in rows) == 4
     assert all("questions/s" in row and "tokens/s" in row for row in rows if row.startswith("| steps"))
