@@ -36,7 +36,7 @@ def settings_of_pillow():
 
 
 def pytest_collection_modifyitems(items):
-    """What takes long is begun first, so that no process is left with it at the end."""
+    """What takes long, and what else its file has, is begun first: no process is to be left with it at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

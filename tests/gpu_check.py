@@ -30,12 +30,12 @@ from moondream2.checkpoints import Progress
 from moondream2.compilation import compile_layers
 from moondream2.features import CHUNK, FeatureStore, encode_pictures, image_embeds
 from moondream2.machine import row_multiple, set_up_torch, training_dtype, what_it_runs_on
-from moondream2.modeling_moondream2 import MoondreamConfig, TextModel, VisionEncoder, row_mask
+from moondream2.modeling_moondream2 import row_mask
 from moondream2.pace import Pace, in_words
 from moondream2.pictures import read_ahead
 from moondream2.rows import StepSampler, lay_out, rows_of, text_inputs
 from tests.benchmark import Examples, build, timed
-from tests.recipe import fill, fill_module, picture
+from tests.recipe import fill, golden_encoder, golden_text_model, picture
 from tests.shared import ROOT, TINY, constants
 from tests.test_golden import BOS, GOLDEN, TEXT
 
@@ -65,15 +65,6 @@ def relative(found, expected):
     """The length of the difference of two tensors, of the expected one's."""
     found, expected = (each.detach().float().cpu().flatten() for each in (found, expected))
     return ((found - expected).norm() / expected.norm()).item()
-
-
-def golden_models():
-    """The vision encoder, and a text model of two layers, with weights by a formula."""
-    with torch.device("meta"):
-        encoder = VisionEncoder(MoondreamConfig())
-        text = TextModel(MoondreamConfig(text_config={"num_hidden_layers": 2}).text_config)
-    parts = {"vision_encoder": encoder, "text_model": text}
-    return [fill_module(part.to_empty(device="cpu"), name).eval() for name, part in parts.items()]
 
 
 @torch.no_grad()
@@ -242,7 +233,7 @@ def main(words=None):
     table = Table()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        golden_figures(table, device, *golden_models())
+        golden_figures(table, device, golden_encoder(), golden_text_model())
         step_against_cpu(table, device, folder, is_rehearsal)
         rates(table, Side(folder, device, is_rehearsal), "eager" if is_rehearsal else "inductor")
         whole_runs(table, folder, is_rehearsal)

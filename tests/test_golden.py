@@ -1,5 +1,6 @@
 """The model against figures of the released model's own code: shapes, pixels, embeddings, logits, losses, gradients."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,11 +11,10 @@ from safetensors.torch import load_file
 from moondream2.modeling_moondream2 import (
     Moondream,
     MoondreamConfig,
-    TextModel,
     preprocess,
     preprocessed_size,
 )
-from tests.recipe import fill, fill_module, picture
+from tests.recipe import fill, golden_encoder, golden_text_model, picture
 
 GOLDEN = Path(__file__).parent / "golden"
 STATE_DICT = json.loads((GOLDEN / "state_dict.json").read_text())
@@ -33,9 +33,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def text_model():
-    with torch.device("meta"):
-        model = TextModel(MoondreamConfig(text_config={"num_hidden_layers": 2}).text_config)
-    return fill_module(model.to_empty(device="cpu"), "text_model").eval()
+    return golden_text_model()
 
 
 def test_the_default_config_is_the_release():
@@ -62,20 +60,20 @@ def test_pixels(size, golden):
 
 
 @pytest.mark.slow
-def test_image_embeddings_and_a_cards_figures(golden, capsys):
+def test_image_embeddings_and_a_cards_figures(golden, text_model, capsys):
     """Of a picture with two tiles; how more of them lie, and that they may be none, tests of the small model say.
 
     And what the check of a card compares with these figures: its models are the same, and take seconds to fill.
     """
     from tests import gpu_check  # which has its figures from here
 
-    encoder, text_model = gpu_check.golden_models()
+    encoder = golden_encoder()
     with torch.no_grad():
         embeds = encoder(picture(600, 900))
     assert embeds.shape == (1, 729, 2048)
     torch.testing.assert_close(embeds[0, ::27, ::16], golden["vision.600x900.embeds"], atol=1e-4, rtol=0)
     table = gpu_check.Table()
-    gpu_check.golden_figures(table, torch.device("cpu"), encoder, text_model)
+    gpu_check.golden_figures(table, torch.device("cpu"), encoder, copy.deepcopy(text_model))
     rows = capsys.readouterr().out.splitlines()[2:]
     assert table.is_good and [row.split(" | ")[0] for row in rows] == ["| golden embeddings", "| golden loss"]
 
