@@ -216,15 +216,15 @@ def update(weight, grad, exp_avg, exp_avg_sq, low=None, *, numbers):
 
 
 def to_bfloat16(square, offset):
-    """The mean of squares, rounded to bfloat16: up if the fraction that is cut off and `offset` add up to 1.
+    """The mean of squares, rounded to bfloat16 in place: up if the fraction cut off and `offset` add up to 1.
 
     A step changes it by less than bfloat16 shows, so that rounded to the nearest it would never move. Stochastic
     rounding, where `offset` is a random number in [0, 1), is right on average. Here `offset` is the step's
     number times the golden ratio, less its whole part: this covers [0, 1) evenly, and needs no random state in a
     checkpoint.
     """
-    bits = square.view(torch.int32) + (offset * 2**16).int()
-    return bits.bitwise_and_(-1 << 16).view(torch.float32)
+    square.view(torch.int32).add_((offset * 2**16).int()).bitwise_and_(-1 << 16)
+    return square
 
 
 def to_int8(mean, root, bound, offset):
@@ -259,15 +259,15 @@ def join(weight, low):
 def split(weight32, weight, low):
     """Takes float32 numbers apart: `weight` gets the nearest bfloat16, `low` what that leaves, above or below 0.
 
-    `low` counts in units of a float32 number's last bit. Where it has 8 bits, the numbers are first rounded, in place,
-    and it counts in 256 of these units.
+    `low` counts in units of a float32 number's last bit. Where it has 8 bits, the numbers are first rounded, and it
+    counts in 256 of these units. The float32 numbers are lost.
     """
     bits, unused = weight32.view(torch.int32), unused_bits(low)
     if unused:
         bits.add_(1 << unused - 1).bitwise_and_(-1 << unused)
     high = bits.add(1 << 15).bitwise_and_(-1 << 16)
     weight.copy_(high.view(torch.float32))
-    low.copy_((bits - high).bitwise_right_shift_(unused))
+    low.copy_(bits.sub_(high).bitwise_right_shift_(unused))
 
 
 def unused_bits(low):
