@@ -113,7 +113,8 @@ def read_lines(path, end_of_text, is_labelled=True):
         raise InputError(form)
     if wrong:
         more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise InputError("\n".join([f"{len(wrong)} malformed lines in {path}", *wrong[:10]]) + more)
+        count = f"{len(wrong):,} of {len(wrong) + len(found):,} lines malformed"
+        raise InputError("\n".join([f"{path}: {count}", *wrong[:10]]) + more)
     return found
 
 

@@ -19,7 +19,7 @@ def skipped(dataset, since=0, most=5):
     """Prints how many lines of a dataset were left out after the first `since`, and the first of them."""
     lines = dataset.skipped[since:]
     if lines:
-        print(f"{dataset.path}: {len(lines)} lines skipped, {len(dataset.examples)} left")
+        print(f"{dataset.path}: {len(lines):,} of {len(dataset.skipped) + len(dataset.examples):,} lines skipped")
         print("\n".join(f"  {source}: {reason}" for source, reason in lines[:most]))
 
 

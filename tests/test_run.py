@@ -246,7 +246,7 @@ def test_asking_from_the_shell(sample, run_ask, monkeypatch, capsys, tmp_path):
     there = {**line, "image_path": str(ROOT / line["image_path"])}
     lines = write_lines(tmp_path / "some.jsonl", [{**there, "image_path": "gone.jpg"}, there])
     out = run_ask(sample[0], lines, "--output_dir", tmp_path / "some")
-    assert "1 lines skipped, 1 left" in out and "some.jsonl:1: picture not found: gone.jpg" in out
+    assert "some.jsonl: 1 of 2 lines skipped" in out and "some.jsonl:1: picture not found: gone.jpg" in out
     assert "1 questions: Avg Loss: " in out
 
 

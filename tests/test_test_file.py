@@ -344,7 +344,7 @@ def test_a_missing_picture_is_skipped_counted_and_named(flags, run_main, capsys)
     run_main(**flags)
     out, folder = capsys.readouterr().out, flags["output_dir"]
     place = f"{flags['test_file']}:6"
-    assert f"{flags['test_file']}: 1 lines skipped, 5 left\n  {place}: picture not found: gone.png" in out
+    assert f"{flags['test_file']}: 1 of 6 lines skipped\n  {place}: picture not found: gone.png" in out
     assert f"- picture not found, as the files were read: 1 ({place})" in (folder / "README.md").read_text()
     assert place in (folder / "report.html").read_text()
     assert len(lines_of(folder / "test_predictions.jsonl")) == 5
