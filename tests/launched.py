@@ -8,7 +8,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import huggingface_hub.constants
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
@@ -170,12 +169,6 @@ def variables_of(config_file):
     arguments, _, _ = _validate_launch_command(arguments)
     names = prepare_multi_gpu_env(arguments)
     return {name: value for name, value in names.items() if name.startswith(("FSDP", "ACCELERATE"))}
-
-
-def without_the_hub():
-    """As by HF_HUB_OFFLINE and an empty HF_HOME, which count when the hub's package is imported."""
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    huggingface_hub.constants.HF_HUB_CACHE = os.environ["HF_HOME"]
 
 
 def failing():

@@ -232,10 +232,10 @@ def test_too_many_pixels_for_pillow_to_warn_of_are_too_many(tmp_path, monkeypatc
 @pytest.fixture
 def set_up(monkeypatch):
     """`set_up()` as a run's start does; before it and after the test, Pillow is as it comes."""
-    for place, name in ((Image, "ID"), (Image, "OPEN"), (Image, "MIME"), (Image, "EXTENSION")):
-        own = getattr(place, name)
-        kept = [each for each in own if "HEI" not in (f"{each} {own[each]}" if isinstance(own, dict) else each).upper()]
-        monkeypatch.setattr(place, name, {each: own[each] for each in kept} if isinstance(own, dict) else kept)
+    monkeypatch.setattr(Image, "ID", [each for each in Image.ID if "HEI" not in each])
+    for name in ("OPEN", "MIME", "EXTENSION"):
+        own = getattr(Image, name).items()
+        monkeypatch.setattr(Image, name, {key: value for key, value in own if "HEI" not in f"{key} {value}".upper()})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2**30 // 12)
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 2**20)
     with warnings.catch_warnings():
