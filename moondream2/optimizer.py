@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 CPU_PART, GPU_PART = 1 << 19, 1 << 24  # elements updated at a time, to need little memory on the way
+LARGE = 1 << 22  # elements of a tensor that earns back what compiling takes, on a CPU: half a minute at most
 TRIAL = 1 << 20  # elements of a trial: so many that Triton lays the kernel out for large tensors
 GOLDEN = (math.sqrt(5) - 1) / 2
 LEAST_DECAY = 2.0**-14  # of a weight with 16 significant bits, a smaller share may round away
@@ -137,18 +138,19 @@ def local(tensor):
 
 
 def apply(tensors, numbers, *constants):
-    """`update` on flat tensors, part by part; on a GPU each part is one kernel."""
-    part = CPU_PART if tensors[0].device.type == "cpu" else GPU_PART
-    function = update_on(tensors[0].device, tensors[0].dtype, *constants)
+    """`update` on flat tensors, part by part; compiled, each part is one kernel."""
+    function = update_on(tensors[0].device, tensors[0].dtype, len(tensors[0]), *constants)
+    part = CPU_PART if function is update else GPU_PART
     for parts in zip(*(tensor.split(part) for tensor in tensors), strict=True):
         function(*parts, numbers=(numbers, *constants))
 
 
-def update_on(device, dtype, *constants):
-    """`update` as a device runs it."""
-    if device.type == "cpu":
-        return update
-    return kernel(device, dtype, *constants) if device.type == "cuda" else update_if_finite
+def update_on(device, dtype, size, *constants):
+    """`update` as a device runs it on so many elements: one kernel on a GPU, and on a CPU where they are many."""
+    function = update if device.type == "cpu" else update_if_finite
+    if device.type == "cuda" or (device.type == "cpu" and size >= LARGE):
+        return kernel(function, device, dtype, *constants)
+    return function
 
 
 def apply_together(vectors, *numbers):
@@ -162,13 +164,13 @@ def apply_together(vectors, *numbers):
 
 
 @cache
-def kernel(device, dtype, *constants):
-    """`update_if_finite` compiled for weights of a type, so that a step reads and writes each number once.
+def kernel(function, device, dtype, *constants):
+    """The function, compiled for weights of a type, so that a step reads and writes each number once.
 
-    Where that fails, most often for want of a C compiler, one line says so and `update_if_finite` runs as it stands. A
+    Where that fails, most often for want of a C compiler, one line says so and the function runs as it stands. A
     trial on other tensors finds that out: a kernel that failed in the middle of a step would leave weights half done.
     """
-    compiled = torch.compile(update_if_finite, dynamic=True)
+    compiled = torch.compile(function, dynamic=True)
     # What `update` is given of a bfloat16 matrix and of such a vector; of all others.
     split = [(dtype, dtype, exp_avg, dtype, low) for exp_avg, low in ((torch.int8, torch.int8), (dtype, torch.int32))]
     try:
@@ -176,9 +178,10 @@ def kernel(device, dtype, *constants):
             tensors = [torch.zeros(TRIAL, dtype=each, device=device) for each in types]
             compiled(*tensors, numbers=(torch.zeros(6, device=device), *constants))
     except Exception as error:  # torch's, Triton's or the compiler's own
-        reason = " ".join(str(error).splitlines()[:1])
-        print(f"AdamW runs uncompiled, its steps some 30 times slower: torch.compile failed: {reason}", file=sys.stderr)
-        return update_if_finite
+        reason, times = " ".join(str(error).splitlines()[:1]), 3 if function is update else 30
+        slower = f"AdamW runs uncompiled, its steps some {times} times slower"
+        print(f"{slower}: torch.compile failed: {reason}", file=sys.stderr)
+        return function
     return compiled
 
 

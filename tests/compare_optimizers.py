@@ -91,7 +91,8 @@ def optimi(*arguments, **settings):
 def compiled(*arguments, **settings):
     """This project's, with the kernel that it has on a GPU."""
     with torch.no_grad():
-        kernel = module.kernel(torch.device("cpu"), torch.bfloat16, *settings["betas"], settings["eps"])
+        constants = *settings["betas"], settings["eps"]
+        kernel = module.kernel(module.update_if_finite, torch.device("cpu"), torch.bfloat16, *constants)
     module.update_on = lambda *arguments: kernel
     return AdamW(*arguments, **settings)
 

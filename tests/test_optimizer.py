@@ -233,14 +233,18 @@ def trained():
 
 
 def compiled_and_plain(compiler):
-    """Prints how many graphs the compiled update took, once it has been compared with the plain one."""
+    """Prints how many graphs the compiled update took, once a CPU's and a card's have been compared with the plain one.
+
+    The CPU's is taken for all that has more than a thousand elements.
+    """
     inductor.cpp.cxx, module.CPU_PART = compiler, 1 << 12
     expected, settings = trained(), torch._dynamo.config.get_config_copy()
+    module.LARGE = 1000
+    torch.testing.assert_close(trained(), expected, rtol=2**-14, atol=1e-7)
     with torch.no_grad():
-        compiled = module.kernel("cpu", torch.bfloat16, 0.9, 0.99, 1e-8)
+        compiled = module.kernel(module.update_if_finite, torch.device("cpu"), torch.bfloat16, 0.9, 0.99, 1e-8)
     module.update_on = lambda *arguments: compiled
-    for got, each in zip(trained(), expected, strict=True):
-        torch.testing.assert_close(got, each, rtol=2**-14, atol=1e-7)
+    torch.testing.assert_close(trained(), expected, rtol=2**-14, atol=1e-7)
     kinds = torch.bfloat16, torch.bfloat16, torch.int8, torch.bfloat16, torch.int8
     parts = [torch.full([4099], 2.0, dtype=kind) for kind in kinds]
     parts[1] *= float("nan")
@@ -253,18 +257,23 @@ def compiled_and_plain(compiler):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiles for this machine's CPU, which takes g++")
 @pytest.mark.parametrize(
-    ("compiler", "graphs", "lines"), [pytest.param("g++", 2, 0, marks=pytest.mark.slow), ("/nonexistent", 0, 1)]
+    ("compiler", "graphs", "slower"), [pytest.param("g++", 4, [], marks=pytest.mark.slow), ("/nonexistent", 0, [3, 30])]
 )
-def test_compiled_it_does_the_same_and_without_a_compiler_too(compiler, graphs, lines, tmp_path):
-    """One graph for each kind of parameter, whatever their sizes, parts and rates; without a compiler one line."""
+def test_compiled_it_does_the_same_and_without_a_compiler_too(compiler, graphs, slower, tmp_path):
+    """One graph for each kind of parameter, whatever their sizes, parts and rates; without a compiler one line.
+
+    Each on a CPU and as on a card.
+    """
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # what was compiled before needs no compiler
     environment = None if graphs else cache
     child = Child(partial(compiled_and_plain, compiler), tmp_path / "out.txt", environment=environment)
     assert child.wait() == 0, child.text()
     *said, last = child.text().splitlines()
     assert int(last) == graphs
-    assert len(said) == lines, said
-    assert all("30 times slower" in line and "compiler" in line for line in said)
+    assert len(said) == len(slower), said
+    assert all(
+        f" {times} times slower" in line and "compiler" in line for times, line in zip(slower, said, strict=True)
+    )
 
 
 def test_a_state_comes_back_from_a_checkpoint_bit_for_bit():
@@ -347,18 +356,25 @@ def test_small_tensors_are_updated_together(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_gpu_updates_in_large_parts_and_a_cpu_in_small_ones(device, monkeypatch):
+def test_a_kernel_updates_large_parts_and_a_cpu_without_one_small_ones(device, monkeypatch):
     """ "meta" stands in for a card: a device that is no CPU."""
     sizes, part = [], {"cpu": module.CPU_PART, "meta": module.GPU_PART}[device]
-    monkeypatch.setattr(module, "update_on", lambda *kind: lambda weight, *more, numbers: sizes.append(len(weight)))
+    function = {"cpu": "update", "meta": "update_if_finite"}[device]
+    monkeypatch.setattr(module, function, lambda weight, *more, numbers: sizes.append(len(weight)))
     module.apply([torch.empty(part + 1, device=device)] * 4, None, 0.9, 0.99, 1e-8)
     assert sizes == [part, 1]
 
 
-def test_a_gpu_updates_by_the_kernel_and_what_else_there_is_uncompiled(monkeypatch):
-    monkeypatch.setattr(module, "kernel", lambda *constants: "kernel")
-    updates = [module.update_on(torch.device(name), torch.bfloat16) for name in ("cpu", "cuda", "mps")]
-    assert updates == [module.update, "kernel", module.update_if_finite]
+def test_large_tensors_and_a_gpus_are_updated_by_a_kernel_and_others_uncompiled(monkeypatch):
+    update, if_finite = module.update, module.update_if_finite
+    monkeypatch.setattr(module, "kernel", lambda *kind: kind)
+    kinds = [(torch.device(name), torch.bfloat16, size) for name in ("cpu", "cuda", "mps") for size in (9, 1 << 22)]
+    got = [module.update_on(*kind, 0.9, 0.99, 1e-8) for kind in kinds]
+    on_cpu, on_cuda = (
+        (function, torch.device(name), torch.bfloat16, 0.9, 0.99, 1e-8)
+        for function, name in ((update, "cpu"), (if_finite, "cuda"))
+    )
+    assert got == [update, on_cpu, on_cuda, on_cuda, if_finite, if_finite]
 
 
 def test_a_state_goes_to_the_device_of_its_parameter():
