@@ -6,7 +6,9 @@ says which values it may have, the comment behind it is its help. A comment line
 """
 
 import argparse
+import atexit
 import difflib
+import gc
 import io
 import re
 import sys
@@ -134,6 +136,7 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or file; what its encoding lacks is printed as \u4e16
             stream.reconfigure(errors="backslashreplace")
+    atexit.register(gc.freeze)  # lest Python look through all that was imported for garbage at its end, for a second
     try:
         main()
     except InputError as error:

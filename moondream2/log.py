@@ -41,14 +41,14 @@ def parameters(model):
 
 def step_size(sampler, batch_size):
     """Prints what an optimizer step is made of, and what a larger BATCH_SIZE would save."""
-    parts = f"{sampler.processes} processes x BATCH_SIZE {batch_size} x {sampler.accum} micro-batches"
+    processes = f"{sampler.processes} process{'es' if sampler.processes > 1 else ''}"
+    parts = f"{processes} x BATCH_SIZE {batch_size} x {sampler.accum} micro-batch{'es' if sampler.accum > 1 else ''}"
     print(f"An optimizer step takes {sampler.step_size} questions: {parts}; an epoch has {sampler.steps} steps")
     if sampler.rank == 0 and (found := larger_batch_size(sampler, batch_size)):
         larger, after, before = found
         print(
-            f"A step has too few questions to take all of a picture's: BATCH_SIZE {larger} would take {after:,.0f} "
-            f"positions an epoch in place of {before:,.0f}, {before / after:.1f} times fewer, and time with them. "
-            "Its steps are fewer and larger: LEARNING_RATE may want to grow with it"
+            f"With more of a picture's questions in a step, BATCH_SIZE {larger} would take {after:,.0f} positions an "
+            f"epoch in place of {before:,.0f}, {before / after:.1f} times fewer; LEARNING_RATE may want to grow with it"
         )
 
 

@@ -1,5 +1,6 @@
 """Where pytest looks for what tests share."""
 
+import atexit
 import gc
 import importlib
 import os
@@ -24,6 +25,9 @@ def pytest_configure(config):
         for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "moondream2")]):
             importlib.import_module(f"moondream2.{module.name}")
         PILLOW.append(settings_of_pillow())
+        from tests.child import start_server
+
+        start_server()
 
 
 def settings_of_pillow():
@@ -43,7 +47,4 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
-
-
-def pytest_sessionfinish():
-    gc.unfreeze()  # as plugins expect that report
+    atexit.register(gc.freeze)  # at the end Python would look through it all, too

@@ -43,6 +43,7 @@ CHROMIUM_OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-
 def pytest_configure(config):
     """A model of 2 million parameters is slower on all cores than on one, and tests start several processes."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # what the CPU says of itself is true, and need not be tried out
     os.environ.pop("PYTEST_ADDOPTS", None)  # what a test starts pytest with is its own
     paths = str(ROOT / "tests" / "starts"), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

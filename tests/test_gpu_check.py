@@ -1,11 +1,13 @@
 """The check of a card says so where there is none, and works: it is rehearsed on the CPU."""
 
+import json
 import runpy
 import sys
 
 import pytest
 
 from tests import gpu_check
+from tests.child import Children
 from tests.shared import ROOT
 
 
@@ -32,9 +34,21 @@ def test_without_what_tests_need_programs_say_so_in_one_line(monkeypatch):
         runpy.run_path(str(ROOT / "tests" / "shared.py"))
 
 
+def run_in_children(flags, launcher=(), **environment):
+    """As `gpu_check.run`, without a launcher and interpreters, which take most of the time."""
+    children = Children(2 if launcher else 1, flags, flags["output_dir"].with_suffix(".said"), **environment)
+    assert set(children.wait()) == {0}, children[0].text()
+    log = flags["output_dir"] / "training_log.jsonl"
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.mark.slow
 def test_it_works(monkeypatch, capsys):
-    """All but the golden figures, which test_golden.py compares."""
+    """All but the golden figures, which test_golden.py compares; runs that nothing stops are children's."""
+    run = gpu_check.run
+    monkeypatch.setattr(
+        gpu_check, "run", lambda *flags, **words: (run if "stop_at" in words else run_in_children)(*flags, **words)
+    )
     for name in ("golden_encoder", "golden_text_model", "golden_figures"):
         monkeypatch.setattr(gpu_check, name, lambda *arguments: None)
     with pytest.raises(SystemExit) as ended:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from moondream2 import launch
 from moondream2.checkpoints import Progress
+from tests import scaling
 from tests.child import Children
 from tests.launched import (
     agreeing,
@@ -187,7 +188,7 @@ def test_one_process_speaks_and_all_finish(flags, tmp_path):
     notes = trained(2, flags, tmp_path, main_writes_while_all_go_on, epochs=1)
     assert [each.get("steps_when_written") for each in notes] == [[[1, 3]], None]
     main, other = ((tmp_path / f"out{rank}.txt").read_text() for rank in range(2))
-    assert "An optimizer step takes 4 questions: 2 processes x BATCH_SIZE 2 x 1 micro-batches" in main
+    assert "An optimizer step takes 4 questions: 2 processes x BATCH_SIZE 2 x 1 micro-batch; an epoch" in main
     assert main.count("Encoding 11 pictures") == main.count("Trainable parameters: ") == 1
     assert "Epoch 1 of 1: Training Avg Loss" in main and "Saved to" in main
     assert other == ""
@@ -195,12 +196,12 @@ def test_one_process_speaks_and_all_finish(flags, tmp_path):
 
 @slow
 @pytest.mark.skipif(subprocess.run(["unshare", "--net", "true"]).returncode != 0, reason="no right to a namespace")
-def test_gradients_are_sent_once_a_step(data):
+def test_gradients_are_sent_once_a_step(data, monkeypatch, capfd):
     """Bytes on the wire: what a ring sends of the gradients, and 2% for everything else, accumulating or not."""
-    command = [sys.executable, "-m", "tests.scaling", "--grad_accum_steps", "2", "--epochs", "1"]
-    command += ["--train_file", str(data / "train.jsonl"), "--valid_file", str(data / "valid.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("{")]
+    words = ["--train_file", str(data / "train.jsonl"), "--valid_file", str(data / "valid.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--grad_accum_steps", "2", "--epochs", "1", *words])
+    scaling.main()
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     figures = json.loads(line)
     sent, gradients = figures["bytes sent a step, all processes"], figures["bytes of gradients"]
     assert 2 * gradients <= sent < 1.02 * 2 * gradients
@@ -325,8 +326,8 @@ def test_stopped_it_goes_on_in_another_number_of_processes(flags, whole, tmp_pat
     trained(processes, flags, tmp_path / "cut", features_dir=tmp_path / "features")
     out = (tmp_path / "cut" / "out0.txt").read_text()
     assert "Going on in epoch 1 after step" in out
-    parts = {1: "1 processes x BATCH_SIZE 2 x 2 micro-batches", 3: "3 processes x BATCH_SIZE 2 x 1 micro-batches"}
-    assert f"An optimizer step takes 4 questions: {parts[processes]}" in out
+    parts = {1: "1 process x BATCH_SIZE 2 x 2 micro-batches", 3: "3 processes x BATCH_SIZE 2 x 1 micro-batch"}
+    assert f"An optimizer step takes 4 questions: {parts[processes]}; an epoch" in out
     assert_same_log(tmp_path / "cut", whole)
     weights, expected = (load_file(folder / "out" / "model.safetensors") for folder in (tmp_path / "cut", whole))
     for name, tensor in expected.items():
