@@ -9,7 +9,7 @@ project's run without, two pictures a step.
 """
 
 import argparse
-import ctypes
+import gc
 import json
 import os
 import re
@@ -232,8 +232,7 @@ def compare(arguments, model, tokenizer, questions):
                 training, _ = timed(lambda side=side: [side.train(batch) for batch in batches])
                 side.stop()
                 validating, _ = timed(lambda side=side: [side.validate(batch) for batch in batches])
-                if sys.platform == "linux":  # what a turn no longer needs, the other may: 24 GiB are just enough
-                    ctypes.CDLL(None).malloc_trim(0)
+                gc.collect()  # what a turn no longer needs, the other may: 24 GiB are just enough
                 total = training + VALID_SHARE * validating + (encoding if name == "ours" else 0)
                 seconds[name].append(total / len(examples))
                 print(

@@ -15,6 +15,7 @@ def fill(name, shape, scale=0.02, offset=0.0):
     """float32 values of standard deviation `scale` around `offset`, told by the parameter's name alone."""
     values = np.empty(int(np.prod(shape)), np.float32)
     numbers, x, y, u = np.arange(BLOCK, dtype=np.uint64), *np.empty((2, BLOCK), np.uint64), np.empty(BLOCK)
+    width = np.sqrt(3) * scale  # of the uniform distribution on each side
     with np.errstate(over="ignore"):
         first = np.uint64(zlib.crc32(name.encode())) * np.uint64(0x9E3779B97F4A7C15)
         for start in range(0, len(values), BLOCK):
@@ -24,11 +25,8 @@ def fill(name, shape, scale=0.02, offset=0.0):
                 x *= np.uint64(factor)
             x ^= np.right_shift(x, np.uint64(31), out=y)
             x >>= np.uint64(11)
-            np.multiply(x, 2.0**-52, out=u)
-            u -= 1
-            u *= np.sqrt(3)
-            u *= scale
-            u += offset
+            np.multiply(x, 2.0**-52 * width, out=u)
+            u += offset - width
             values[start : start + BLOCK] = u[: len(values) - start]
     return torch.from_numpy(values).view(shape)
 

@@ -245,3 +245,9 @@ def test_what_a_person_can_mend_is_one_line(error, line):
     with pytest.raises(SystemExit) as done:
         cli.run(main)
     assert done.value.code == line
+
+
+def test_a_program_ends_without_looking_for_garbage():
+    """For which Python would go through all that was imported; what a program leaves is gone with its process."""
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
+    assert run_python(code + "from moondream2 import cli; cli.run(int)", ROOT, PYTHONPATH=str(ROOT)) == "True\n"
