@@ -9,6 +9,7 @@ project's run without, two pictures a step.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -233,6 +234,8 @@ def compare(arguments, model, tokenizer, questions):
                 side.stop()
                 validating, _ = timed(lambda side=side: [side.validate(batch) for batch in batches])
                 gc.collect()  # what a turn no longer needs, the other may: 24 GiB are just enough
+                if sys.platform == "linux":
+                    ctypes.CDLL(None).malloc_trim(0)
                 total = training + VALID_SHARE * validating + (encoding if name == "ours" else 0)
                 seconds[name].append(total / len(examples))
                 print(
