@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-CPU_PART, GPU_PART = 1 << 17, 1 << 24  # elements updated at a time: what that needs on the way stays in a CPU's cache
+CPU_PART, GPU_PART = 1 << 17, 1 << 24  # elements updated at a time, to need little on the way: a CPU's cache has it
 LARGE = 1 << 22  # elements of a tensor that earns back what compiling takes, on a CPU: half a minute at most
 TRIAL = 1 << 20  # elements of a trial: so many that Triton lays the kernel out for large tensors
 GOLDEN = (math.sqrt(5) - 1) / 2

@@ -43,6 +43,8 @@ def forked(path, words, descriptors):
             warnings.simplefilter("ignore", kind)
         if asked in select.select(descriptors, [], [])[0]:
             exec(words[-1])
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # which nothing would print on the way out here
     finally:
         os._exit(0)
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests import gpu_check
 from tests.child import Children
+from tests.gpu_check import run
 from tests.shared import ROOT
 
 
@@ -34,8 +35,10 @@ def test_without_what_tests_need_programs_say_so_in_one_line(monkeypatch):
         runpy.run_path(str(ROOT / "tests" / "shared.py"))
 
 
-def run_in_children(flags, launcher=(), **environment):
-    """As `gpu_check.run`, without a launcher and interpreters, which take most of the time."""
+def run_in_children(flags, launcher=(), stop_at=None, **environment):
+    """As `gpu_check.run`, without launchers and interpreters, but for a run that is to be stopped."""
+    if stop_at:
+        return run(flags, stop_at=stop_at, **environment)
     children = Children(2 if launcher else 1, flags, flags["output_dir"].with_suffix(".said"), **environment)
     assert set(children.wait()) == {0}, children[0].text()
     log = flags["output_dir"] / "training_log.jsonl"
@@ -44,11 +47,8 @@ def run_in_children(flags, launcher=(), **environment):
 
 @pytest.mark.slow
 def test_it_works(monkeypatch, capsys):
-    """All but the golden figures, which test_golden.py compares; runs that nothing stops are children's."""
-    run = gpu_check.run
-    monkeypatch.setattr(
-        gpu_check, "run", lambda *flags, **words: (run if "stop_at" in words else run_in_children)(*flags, **words)
-    )
+    """All but the golden figures, which test_golden.py compares."""
+    monkeypatch.setattr(gpu_check, "run", run_in_children)
     for name in ("golden_encoder", "golden_text_model", "golden_figures"):
         monkeypatch.setattr(gpu_check, name, lambda *arguments: None)
     with pytest.raises(SystemExit) as ended:

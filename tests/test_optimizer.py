@@ -366,15 +366,11 @@ def test_a_kernel_updates_large_parts_and_a_cpu_without_one_small_ones(device, m
 
 
 def test_large_tensors_and_a_gpus_are_updated_by_a_kernel_and_others_uncompiled(monkeypatch):
-    update, if_finite = module.update, module.update_if_finite
-    monkeypatch.setattr(module, "kernel", lambda *kind: kind)
+    update, if_finite, constants = module.update, module.update_if_finite, (0.9, 0.99, 1e-8)
+    monkeypatch.setattr(module, "kernel", lambda function, device, *kind: (function, device.type))
     kinds = [(torch.device(name), torch.bfloat16, size) for name in ("cpu", "cuda", "mps") for size in (9, 1 << 22)]
-    got = [module.update_on(*kind, 0.9, 0.99, 1e-8) for kind in kinds]
-    on_cpu, on_cuda = (
-        (function, torch.device(name), torch.bfloat16, 0.9, 0.99, 1e-8)
-        for function, name in ((update, "cpu"), (if_finite, "cuda"))
-    )
-    assert got == [update, on_cpu, on_cuda, on_cuda, if_finite, if_finite]
+    got = [module.update_on(*kind, *constants) for kind in kinds]
+    assert got == [update, (update, "cpu"), *[(if_finite, "cuda")] * 2, *[if_finite] * 2]
 
 
 def test_a_state_goes_to_the_device_of_its_parameter():
