@@ -69,10 +69,10 @@ def relative(found, expected):
 
 @torch.no_grad()
 def golden_figures(table, device, encoder, text):
-    """The released code's embeddings and loss, of those models in bfloat16 on the device."""
+    """The released code's embeddings of a picture with two tiles, and its loss, in bfloat16 on the device."""
     encoder, text = (part.to(device, torch.bfloat16) for part in (encoder, text))
-    embeds = encoder(picture(320, 240))[0, ::27, ::16]
-    expected = load_file(GOLDEN / "golden.safetensors")["vision.320x240.embeds"]
+    embeds = encoder(picture(600, 900))[0, ::27, ::16]
+    expected = load_file(GOLDEN / "golden.safetensors")["vision.600x900.embeds"]
     table.difference("golden embeddings", relative(embeds, expected), 0.05)
     image = fill("image_embeds.a", (1, 729, 2048), scale=0.5).to(device)
     question, answer = TEXT["question_a"], TEXT["answer_a"]

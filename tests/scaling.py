@@ -62,8 +62,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--model_id", "tests/tiny_moondream2", "--output_dir", f"{folder}/out", "--epochs", "2", *flags]
         flags = ["--features_dir", f"{folder}/features", "--valid_answers", "0", *flags]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(arguments.processes)]
-        command = shlex.join([*torchrun, "-m", "tests.scaling", *flags])
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no"]
+        launch += ["--num_machines", "1", "--num_processes", str(arguments.processes)]
+        command = shlex.join([*launch, "-m", "tests.scaling", *flags])
         environment = {**os.environ, "NOTES": folder, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         alone = ["unshare", "--net", "sh", "-c", f"ip link set lo up && exec {command}"]
         subprocess.run(alone, cwd=ROOT, env=environment, check=True)

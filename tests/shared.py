@@ -27,6 +27,7 @@ import finetune_moondream as script
 from moondream2 import cli, optimizer
 from moondream2.data import read_lines
 from moondream2.features import FeatureStore
+from moondream2.modeling_moondream2 import lay_out_rows
 from moondream2.optimizer import build_optimizer, build_scheduler
 from moondream2.pictures import KnownPictures, find_pictures
 from moondream2.rows import lay_out
@@ -35,7 +36,9 @@ from tests.child import leave_undrawn, leave_unflushed
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_moondream2"
 TINY_2025 = ROOT / "tests" / "tiny_moondream2_2025"
-both_releases = pytest.mark.parametrize("small_model", [TINY, TINY_2025], ids=["2024", "2025"])
+both_releases = pytest.mark.parametrize("small_model", [TINY, TINY_2025], ids=["2024", "2025"], indirect=True)
+QUESTIONS = ["What is it?", "How many white boxes are there?", "Is it safe to cross here?", "Why?"]
+ANSWERS = ["A box.", "One.", "Yes, the road is clear and the light is green.", "Nobody knows."]
 CHROMIUM_OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage
     --disable-background-networking --disable-component-update --disable-sync"""
 
@@ -43,7 +46,6 @@ CHROMIUM_OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-
 def pytest_configure(config):
     """A model of 2 million parameters is slower on all cores than on one, and tests start several processes."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # what the CPU says of itself is true, and need not be tried out
     os.environ.pop("PYTEST_ADDOPTS", None)  # what a test starts pytest with is its own
     paths = str(ROOT / "tests" / "starts"), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -61,9 +63,47 @@ def all_cores():
 
 
 @pytest.fixture
-def small_model():
+def small_model(request):
     """The folder of the small checkpoint; a test of `both_releases` runs with that of each."""
-    return TINY
+    return getattr(request, "param", TINY)
+
+
+@pytest.fixture(scope="session")
+def smallest(tmp_path_factory):
+    """{folder of a small checkpoint: that of a smaller one, of the same release}, which knows little and is quick.
+
+    For what a run does whatever it learns.
+    """
+    folder, text = tmp_path_factory.mktemp("smallest"), {"hidden_size": 64, "intermediate_size": 128}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "projection_size": 64, "num_hidden_layers": 1}
+    for base in (TINY, TINY_2025):
+        config = AutoConfig.from_pretrained(base)
+        for part, sizes in ((config.text_config, text), (config.vision_config, vision)):
+            part.update({**sizes, "num_attention_heads": 2})
+        torch.manual_seed(0)
+        model, tokenizer = AutoModelForCausalLM.from_config(config).float(), small_tokenizer(base)
+        teach(model, tokenizer)
+        for each in (model.bfloat16(), tokenizer):
+            each.save_pretrained(folder / base.name)
+    return {base: folder / base.name for base in (TINY, TINY_2025)}
+
+
+def teach(model, tokenizer):
+    """Has a model answer the questions of `data`, some rightly: one that knows nothing would talk without end."""
+    answers = [f"{ANSWERS[k]} {(k + 1) % 4}" for k in range(4)]
+    texts = [
+        [(plain_prompt(question, tokenizer), plain_answer(answer, tokenizer))]
+        for question, answer in zip(QUESTIONS, answers, strict=True)
+    ]
+    rows = lay_out_rows(texts, tokenizer.bos_token_id, 0)
+    inputs = {name: rows[name] for name in ("input_ids", "position_ids", "answer_positions")}
+    targets = torch.tensor([token for ((_, answer),) in texts for token in answer])
+    adamw = torch.optim.AdamW(model.text_model.parameters(), lr=1e-2)
+    for _ in range(40):
+        loss = torch.nn.functional.cross_entropy(model.text_model(**inputs).logits, targets)
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad()
 
 
 @pytest.fixture
@@ -121,16 +161,14 @@ def write_lines(path, lines):
 @pytest.fixture
 def data(tmp_path):
     """A folder with train.jsonl (8 pictures, 1 to 4 questions each, 19 lines) and valid.jsonl (3 pictures, 7 lines)."""
-    questions = ["What is it?", "How many white boxes are there?", "Is it safe to cross here?", "Why?"]
-    answers = ["A box.", "One.", "Yes, the road is clear and the light is green.", "Nobody knows."]
     lines = {"train": [], "valid": []}
     for number, count in enumerate([1, 4, 2, 3, 1, 4, 3, 1, 2, 4, 1]):
         split = "train" if number < 8 else "valid"
         name = f"{number}.png"
         draw_picture(tmp_path / name, number, (140, 100) if number % 3 else (560, 420))
         for k in range(count):
-            answer = f"{answers[k]} {number % 4}"
-            lines[split].append({"image_path": name, "question": questions[k], "answer": answer})
+            answer = f"{ANSWERS[k]} {number % 4}"
+            lines[split].append({"image_path": name, "question": QUESTIONS[k], "answer": answer})
     for split, each in lines.items():
         write_lines(tmp_path / f"{split}.jsonl", each)
     return tmp_path

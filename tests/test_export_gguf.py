@@ -490,7 +490,7 @@ def test_a_model_fine_tuned_without_tiles_is_served_as_it_was_scored(run_main, t
     engine, tokenizer = Engine(out / "gguf"), AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     right, large = {"served": 0, "own": 0}, 0
-    for line in map(json.loads, (ROOT / "valid.jsonl").read_text(encoding="utf-8").splitlines()[::2]):
+    for line in map(json.loads, (ROOT / "valid.jsonl").read_text(encoding="utf-8").splitlines()[::4]):
         picture = (ROOT / line["image_path"]).read_bytes()
         image = Image.open(io.BytesIO(picture))
         large += max(image.size) >= 512
@@ -499,4 +499,4 @@ def test_a_model_fine_tuned_without_tiles_is_served_as_it_was_scored(run_main, t
         assert served.strip() == own, line
         for name, answer in (("served", served), ("own", own)):
             right[name] += METRICS["correct"].score(answer, [line["answer"]])
-    assert right["served"] == right["own"] > 24 and large > 20  # of 48
+    assert right["served"] == right["own"] > 12 and large > 10  # of 24

@@ -25,9 +25,15 @@ from tests.test_wiring import judged
 
 
 @pytest.fixture
-def flags(data, test_file):
-    flags = {"model_id": TINY, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl", "epochs": 2}
-    flags |= {"test_file": test_file, "output_dir": data / "out", "features_dir": data / "features", "batch_size": 4}
+def flags(data, test_file, smallest):
+    flags = {"model_id": smallest[TINY], "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl"}
+    flags |= {
+        "epochs": 2,
+        "test_file": test_file,
+        "output_dir": data / "out",
+        "features_dir": data / "features",
+        "batch_size": 4,
+    }
     return {**flags, "learning_rate": 1e-3, "valid_answers": 2}
 
 
@@ -58,7 +64,7 @@ def test_its_figures_are_those_of_the_model_as_it_came_and_of_the_saved_one(
     """Against both models asked one question at a time; all of them, though VALID_ANSWERS is less. In float32."""
     load = script.load_model
     monkeypatch.setattr(script, "load_model", lambda *release: load(*release).float())
-    run_main(**flags, tracker="tensorboard")
+    run_main(**flags | {"model_id": TINY}, tracker="tensorboard")
     folder, test = flags["output_dir"], dataset(flags["test_file"], tokenizer)
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     before, after = (judged(model, tokenizer, test) for model in (tiny.bfloat16().float(), saved))

@@ -446,12 +446,12 @@ def test_a_step_that_is_not_finite_is_not_applied(tiny, tokenizer, train, capsys
 
 
 def losses_in(dtype, tiny, tokenizer, train, folder, optimizer=None):
-    """The mean training loss of the last of twelve epochs at a rate whose steps bfloat16 rounds away."""
+    """The mean training loss of the last of five epochs at a rate whose steps bfloat16 rounds away."""
     model = copy.deepcopy(tiny).to(dtype)
     if optimizer:
         optimizer = optimizer(model.text_model.parameters(), lr=3e-5, betas=(0.9, 0.999), fused=True)
     engine = engine_of(model, optimizer, learning_rate=3e-5)
-    for epoch in range(1, 13):
+    for epoch in range(1, 6):
         progress = train_for(engine, model, collated(model, tokenizer, train, 4, 4, epoch=epoch, folder=folder))
     return progress.loss_sum / progress.tokens
 
@@ -462,8 +462,7 @@ def test_bfloat16_trains_as_float32_does(tiny, tokenizer, train, tmp_path):
     reference = losses_in(torch.float32, tiny, tokenizer, train, tmp_path)
     assert losses_in(torch.bfloat16, tiny, tokenizer, train, tmp_path) == pytest.approx(reference, rel=0.03)
     plain = losses_in(torch.bfloat16, tiny, tokenizer, train, tmp_path, torch.optim.AdamW)
-    print(reference, plain)
-    assert plain > 1.03 * reference, "plain AdamW would pass: this test shows nothing"
+    assert plain > 1.2 * reference, "plain AdamW would pass: this test shows nothing"
 
 
 def test_the_loss_is_that_of_bfloat16s_own_logits_in_float32(tiny, tokenizer, train):

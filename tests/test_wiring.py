@@ -24,6 +24,11 @@ from tests.test_training import plain_losses
 
 
 @pytest.fixture
+def small_model(request, smallest):
+    return smallest[getattr(request, "param", TINY)]
+
+
+@pytest.fixture
 def flags(data, small_model):
     flags = {"model_id": small_model, "train_file": data / "train.jsonl", "valid_file": data / "valid.jsonl"}
     return {**flags, "output_dir": data / "out", "features_dir": data / "features", "epochs": 1, "batch_size": 4}
@@ -108,6 +113,7 @@ DEFAULTS |= {"lr_schedule": "constant", "warmup_steps": 0}
         ({"max_grad_norm": 1e-7, "warmup_steps": 4, "seed": 5}, TINY),  # so short that AdamW's epsilon tells
     ],
     ids=["defaults", "cosine, of 2025-06-21", "linear, betas and decay", "clipped and seed"],
+    indirect=["small_model"],
 )
 def test_every_number_of_a_run_is_that_of_a_plain_loop(
     flags, changes, in_float32, run_main, tiny, tokenizer, data, capsys
