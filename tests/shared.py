@@ -74,7 +74,7 @@ def smallest(tmp_path_factory):
 
     For what a run does whatever it learns.
     """
-    folder, text = tmp_path_factory.mktemp("smallest"), {"hidden_size": 64, "intermediate_size": 128}
+    folder, text = tmp_path_factory.mktemp("smallest"), {"hidden_size": 64, "intermediate_size": 256}
     vision = {"hidden_size": 32, "intermediate_size": 64, "projection_size": 64, "num_hidden_layers": 1}
     for base in (TINY, TINY_2025):
         config = AutoConfig.from_pretrained(base)

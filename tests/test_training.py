@@ -18,6 +18,7 @@ from moondream2.features import image_embeds
 from moondream2.pictures import pixels_of
 from moondream2.rows import StepSampler, row_length, rows_of, text_inputs
 from tests.shared import (
+    TINY,
     both_releases,
     constants,
     dataset,
@@ -28,6 +29,11 @@ from tests.shared import (
     plain_prompt,
     step_of,
 )
+
+
+@pytest.fixture
+def small_model(request, smallest):
+    return smallest[getattr(request, "param", TINY)]
 
 
 @pytest.fixture
