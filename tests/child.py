@@ -131,7 +131,8 @@ class Children(list):
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": processes}
         shared |= {"LOCAL_WORLD_SIZE": processes, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1} | environment
         for rank in range(processes):
-            mine = {**shared, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {"ACCELERATE_USE_CPU": "true"}
+            alone = {"ACCELERATE_USE_CPU": "true", **environment}
+            mine = {**shared, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else alone
             mine = {name: str(value) for name, value in {**mine, "NOTES": folder / f"notes{rank}.json"}.items()}
             self.append(Child(work, folder / f"out{rank}.txt", environment=mine, setup=setup))
 

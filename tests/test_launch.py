@@ -76,6 +76,15 @@ def environment(setup):
     return variables_of(ROOT / "moondream2" / "fsdp.yaml") if setup.__name__.startswith("sharded") else {}
 
 
+def stopped(processes, flags, folder, setup, rank):
+    """A run in so many processes, ended by SIGTERM to one of them in its first steps."""
+    children = Children(processes, flags, folder, setup, WAITS="", **environment(setup))
+    wait_for(lambda: "Before training" in children[0].text(), children)
+    os.kill(children[rank].process.pid, signal.SIGTERM)
+    (folder / "go").touch()
+    assert children.wait(60) == [128 + signal.SIGTERM] * processes, "\n".join(child.text() for child in children)
+
+
 def notes(folder, processes):
     return [json.loads((folder / f"notes{rank}.json").read_text()) for rank in range(processes)]
 
@@ -306,10 +315,11 @@ def whole(flags, uninterrupted):
 )
 def test_killed_it_goes_on_in_as_many_processes_to_the_same_bits(flags, whole, tmp_path, killed):
     started = {**flags, "output_dir": tmp_path / "cut" / "out"}
-    children = Children(2, started, tmp_path / "cut", in_float32_writing_in_background)
+    children = Children(2, started, tmp_path / "cut", in_float32_writing_in_background, WAITS="")
     wait_for(lambda: list((tmp_path / "cut" / "out" / "checkpoints").glob("epoch-000001-step-00000002")), children)
     for rank in killed:
         os.kill(children[rank].process.pid, signal.SIGKILL)
+    (tmp_path / "cut" / "go").touch()
     assert all(children.wait(60))
     assert not (tmp_path / "cut" / "out" / "config.json").exists()
     trained(2, flags, tmp_path / "cut", features_dir=tmp_path / "features")
@@ -322,10 +332,7 @@ def test_killed_it_goes_on_in_as_many_processes_to_the_same_bits(flags, whole, t
 @pytest.mark.parametrize("processes", [1, pytest.param(3, marks=slow)])
 def test_stopped_it_goes_on_in_another_number_of_processes(flags, whole, tmp_path, processes):
     """SIGTERM to one of two ends both, at a step; the questions of a step stay what they were."""
-    children = Children(2, {**flags, "output_dir": tmp_path / "cut" / "out"}, tmp_path / "cut", in_float32)
-    wait_for(lambda: "Before training" in children[0].text(), children)
-    os.kill(children[1].process.pid, signal.SIGTERM)
-    assert children.wait(60) == [128 + signal.SIGTERM] * 2, "\n".join(child.text() for child in children)
+    stopped(2, {**flags, "output_dir": tmp_path / "cut" / "out"}, tmp_path / "cut", in_float32, 1)
     trained(processes, flags, tmp_path / "cut", features_dir=tmp_path / "features")
     out = (tmp_path / "cut" / "out0.txt").read_text()
     assert "Going on in epoch 1 after step" in out
@@ -375,10 +382,7 @@ def test_sharded_checkpoints_are_those_of_one_process(flags, whole, tmp_path, se
     processes, others = (2, 1) if setup is sharded else (1, 2)
     flags = {**flags, "grad_accum_steps": 2 // processes}
     started = {**flags, "output_dir": tmp_path / "cut" / "out"}
-    children = Children(processes, started, tmp_path / "cut", setup, **environment(setup))
-    wait_for(lambda: "Before training" in children[0].text(), children)
-    os.kill(children[0].process.pid, signal.SIGTERM)
-    assert children.wait(60) == [128 + signal.SIGTERM] * processes, children[0].text()
+    stopped(processes, started, tmp_path / "cut", setup, 0)
     names, weights, state = checkpoint_of(tmp_path / "cut")
     assert names == {"model.safetensors", "optimizer.pt", "progress.json"}
     assert {f"text_model.{name}" for name in weights} < set(load_file(flags["model_id"] / "model.safetensors"))
@@ -395,10 +399,7 @@ def test_sharded_checkpoints_are_those_of_one_process(flags, whole, tmp_path, se
 def test_the_bits_behind_bfloat16_weights_go_through_a_checkpoint(flags, tmp_path, setup):
     trained(2, flags, tmp_path / "whole", setup, features_dir=tmp_path / "features")
     started = {**flags, "output_dir": tmp_path / "cut" / "out", "features_dir": tmp_path / "features"}
-    children = Children(2, started, tmp_path / "cut", setup, **environment(setup))
-    wait_for(lambda: "Before training" in children[0].text(), children)
-    os.kill(children[0].process.pid, signal.SIGTERM)
-    assert children.wait(60) == [128 + signal.SIGTERM] * 2, children[0].text()
+    stopped(2, started, tmp_path / "cut", setup, 0)
     _, weights, state = checkpoint_of(tmp_path / "cut")
     for name, each in state["optimizer"]["state"].items():
         assert each["low"].dtype == (torch.int8 if weights[name].dim() > 1 else torch.int32), name
