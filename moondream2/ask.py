@@ -9,8 +9,8 @@ python -m moondream2.ask moondream_crosswalks_finetuned --serve
 """
 
 import argparse
-import json
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,9 +26,9 @@ from moondream2.cli import InputError
 from moondream2.data import Example, read_lines, tokenize
 from moondream2.evaluation import evaluate
 from moondream2.features import FeatureStore, chunks_with, encode_pictures
-from moondream2.files import write_text
 from moondream2.loading import checked_loading
-from moondream2.machine import row_multiple, set_up_torch
+from moondream2.machine import lacks_bfloat16, row_multiple, set_up_torch
+from moondream2.output_dir import OutputDir
 from moondream2.pictures import (
     KnownPictures,
     PictureError,
@@ -46,14 +46,14 @@ from moondream2.serve import LOCAL, PORT, serve
 from moondream2.verdict import sureness
 
 
-def load(folder):
-    """A saved model in bfloat16, and its tokenizer."""
+def load(folder, dtype=torch.bfloat16):
+    """A saved model and its tokenizer."""
     if not Path(folder).is_dir():
         raise InputError(f"there is no folder {folder}: give that of a saved model, a run's OUTPUT_DIR")
     set_up_torch()
     with checked_loading(folder, None) as loaded:
         model, loaded.info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, trust_remote_code=False, output_loading_info=True
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
         loaded.tokenizer = model.config.load_tokenizer(folder)
     return model, loaded.tokenizer
@@ -77,28 +77,37 @@ def ask(model, tokenizer, path, questions):
         print(f"  {sureness(answer.probability)} sure{cut}", file=sys.stderr, flush=True)
 
 
-def read_questions(path, config, tokenizer):
+def read_questions(path, eos_token):
     """The examples of a JSONL file, in the form of a dataset: path, examples, pictures by their key, skipped.
 
-    An example without answers is a question that is asked, and has no say in accuracy and loss.
+    An example without answers is a question that is asked, and has no say in accuracy and loss. None is in tokens yet.
     """
-    lines = read_lines(path, tokenizer.eos_token, is_labelled=False)
+    lines = read_lines(path, eos_token, is_labelled=False)
     data = SimpleNamespace(path=path, examples=[], pictures={}, skipped=[])
     found = find_pictures(path, lines, KnownPictures(None))
-    for line, (prompt_ids, answer_ids) in zip(lines, tokenize(lines, config, tokenizer), strict=True):
+    for line in lines:
         picture = found[line.image_path]
         if line.lacks and not line.is_only_asked:
             data.skipped.append((line.source, line.lacks))
         elif isinstance(picture, PictureError):
             data.skipped.append((line.source, picture.reason(line.image_path)))
-        elif len(prompt_ids) + len(answer_ids) > config.max_text_tokens:
-            data.skipped.append((line.source, f"too long: {len(prompt_ids) + len(answer_ids)} tokens of text"))
         else:
             data.pictures.setdefault(picture.key, picture)
-            data.examples.append(Example(*line, picture.key, prompt_ids, answer_ids))
-    if not data.examples:
-        raise InputError(f"{path} has no question that can be asked")
+            data.examples.append(Example(*line, picture.key, [], []))
     return data
+
+
+def put_in_tokens(data, config, tokenizer):
+    """Puts examples into the tokens of a model's release; one that is too long there is skipped for all models."""
+    examples, data.examples, before = data.examples, [], len(data.skipped)
+    for example, (prompt_ids, answer_ids) in zip(examples, tokenize(examples, config, tokenizer), strict=True):
+        if (tokens := len(prompt_ids) + len(answer_ids)) > config.max_text_tokens:
+            data.skipped.append((example.source, f"too long: {tokens} tokens of text"))
+        else:
+            data.examples.append(example._replace(prompt_ids=prompt_ids, answer_ids=answer_ids))
+    log.skipped(data, before)
+    if not data.examples:
+        raise InputError(f"{data.path} has no question that can be asked")
 
 
 def answers_of(model, tokenizer, data, batch_size, features_dir=None):
@@ -137,20 +146,22 @@ def encode_once(pictures, vision_encoder, store):
         encode_pictures(chunks_with(missing, [pictures]), vision_encoder, store)
 
 
-def score(models, names, path, batch_size, output_dir):
+def score(models, names, path, batch_size, output):
     """Answers a file of questions and scores those that have an answer; writes the answers and a report to a folder.
 
     Args:
         models: gives (model, tokenizer) of one model or of two, each loaded when it is its turn. Of two the second is
             compared with the first, whose answers stand where those before training would.
         names: of the models.
+        output: OutputDir of the folder.
     """
     data, results = None, []
     with TemporaryDirectory() as folder:
         for model, tokenizer in models:
             if data is None:
-                data = read_questions(path, model.config, tokenizer)
+                data = read_questions(path, tokenizer.eos_token)
                 log.skipped(data)
+            put_in_tokens(data, model.config, tokenizer)
             results.append(answers_of(model, tokenizer, data, batch_size, folder if len(names) > 1 else None))
             told = machine(model.device, 0.0)
             del model, tokenizer  # before the next are loaded
@@ -161,8 +172,7 @@ def score(models, names, path, batch_size, output_dir):
         compared = dict(zip(("before", "after"), names, strict=True))
     print_scores(lines, names, [each_loss for each_loss, _, _ in results])
     log.verdict(sets, compared)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / "predictions.jsonl", "".join(json.dumps(each) + "\n" for each in lines))
+    output.write_lines("predictions.jsonl", lines)
     title = f"{' and '.join(names)} on {path.name}"
     page = facts(
         title=title,
@@ -176,8 +186,17 @@ def score(models, names, path, batch_size, output_dir):
         machine=told,
         names=compared,
     )
-    write_report(output_dir / "report.html", page)
-    print(f"Answers and report in {output_dir}")
+    write_report(output.own("report.html"), page)
+    print(f"Answers and report in {output.path}")
+
+
+@contextmanager
+def held(output, model):
+    """Within it the folder takes a file's answers and report: no model's or run's, nor one with files of the user's."""
+    with output.held(model):
+        if output.names - {"predictions.jsonl", "report.html"}:
+            raise InputError(f"{output.path} is a run's: give another --output_dir")
+        yield
 
 
 def print_scores(lines, names, losses):
@@ -200,9 +219,9 @@ def names_of(folders):
 
 
 def load_in_turn(folders, device):
-    """Each model with its tokenizer, loaded when it is asked for."""
+    """Each model with its tokenizer, loaded when it is asked for; in float16 where a card lacks bfloat16."""
     for folder in folders:
-        model, tokenizer = load(folder)
+        model, tokenizer = load(folder, torch.float16 if lacks_bfloat16(device) else torch.bfloat16)
         yield model.to(device), tokenizer
         del model, tokenizer
 
@@ -250,8 +269,9 @@ def main():
         serve(partial(next, models), names[0], words.host, words.port)
     elif words.is_file:
         kind = "compared" if words.against else "scored"
-        output_dir = Path(words.output_dir or f"{Path(words.picture).with_suffix('').name}_{kind}")
-        score(models, names, Path(words.picture), words.batch_size, output_dir)
+        output = OutputDir(words.output_dir or f"{Path(words.picture).with_suffix('').name}_{kind}")
+        with held(output, words.model):
+            score(models, names, Path(words.picture), words.batch_size, output)
     else:
         ask(*next(models), words.picture, words.question)
 

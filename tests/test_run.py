@@ -19,6 +19,7 @@ import finetune_moondream as script
 from moondream2 import ask, features, launch
 from moondream2.cli import InputError
 from moondream2.evaluation import accuracy_of, evaluate
+from moondream2.output_dir import OutputDir
 from moondream2.pictures import MAX_PNG_TEXT
 from moondream2.rows import whole_rows
 from moondream2.scoring import baseline_accuracy, is_correct
@@ -357,7 +358,7 @@ def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(d
 
     monkeypatch.setattr(ask, "whole_rows", whole_rows)
     for batch_size in (1, 3):
-        ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", batch_size, tmp_path)
+        ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", batch_size, OutputDir(tmp_path))
     assert taken == [4, 12]
 
 
@@ -384,9 +385,9 @@ def test_two_models_are_compared_on_a_file(data, run_ask, tmp_path, monkeypatch,
 
     decoded, loaded, examine, load = [], [], features.examine, ask.load
 
-    def noted(folder):
+    def noted(folder, *dtype):
         assert [model() for model in loaded] == [None] * len(loaded)
-        model, tokenizer = load(folder)
+        model, tokenizer = load(folder, *dtype)
         loaded.append(weakref.ref(model))
         return model, tokenizer
 
@@ -406,6 +407,68 @@ def test_two_models_are_compared_on_a_file(data, run_ask, tmp_path, monkeypatch,
     assert "tiny_moondream2 and other on valid.jsonl" in (tmp_path / "both" / "report.html").read_text()
 
 
+def test_models_of_two_releases_are_each_asked_in_their_own_tokens(data, run_ask, tmp_path):
+    alone, losses = [], []
+    for folder in (TINY, TINY_2025):
+        out = run_ask(folder, data / "valid.jsonl", "--output_dir", tmp_path / "alone")
+        losses += re.findall("Avg Loss: [0-9.]+", out)
+        alone.append([json.loads(line) for line in (tmp_path / "alone" / "predictions.jsonl").read_text().splitlines()])
+    out = run_ask(TINY_2025, data / "valid.jsonl", "--against", TINY, "--output_dir", tmp_path / "both")
+    both = [json.loads(line) for line in (tmp_path / "both" / "predictions.jsonl").read_text().splitlines()]
+    assert re.findall("Avg Loss: [0-9.]+", out) == losses and losses[0] != losses[1]
+    for line, first, second in zip(both, *alone, strict=True):
+        assert (line["before"], line["after"]) == (first["after"], second["after"])
+
+
+def test_what_does_not_fit_one_of_two_models_is_skipped_for_both(data, tmp_path, capsys):
+    """The second has room for the shorter of two questions only."""
+    lines = [json.loads(line) for line in (data / "valid.jsonl").read_text().splitlines()][:2]
+    lines[1]["question"] *= 20
+    (small, tokenizer), path = ask.load(TINY), write_lines(data / "some.jsonl", lines)
+    small.config.text_config.max_position_embeddings = small.config.prefix_tokens + 60
+    output = OutputDir(tmp_path / "scored")
+    with output.held(TINY):
+        ask.score([ask.load(TINY), (small, tokenizer)], ["first", "second"], path, 2, output)
+    out = capsys.readouterr().out
+    assert "some.jsonl: 1 of 2 lines skipped" in out and "some.jsonl:2: too long: " in out
+    assert "first: 1 questions" in out and "second: 1 questions" in out
+    assert len((tmp_path / "scored" / "predictions.jsonl").read_text().splitlines()) == 1
+
+
+def test_scores_replace_scores_and_nothing_else(data, run_ask, tmp_path):
+    """Not a model's own answers, a run's or a file of the user's; and that is said before a model is loaded."""
+    lines = data / "valid.jsonl"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").write_text("mine")
+    shutil.copytree(TINY, tmp_path / "model")
+    run = OutputDir(tmp_path / "run")
+    with run.held(TINY):
+        run.write_text("training_log.jsonl", "")
+    for name, said in (
+        ("mine", "mine is not empty"),
+        ("model", "give another"),
+        ("run", "run is a run's: give another"),
+    ):
+        before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        with pytest.raises(InputError, match=said), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ask, "load", lambda *_: pytest.fail("a model is loaded"))
+            run_ask(tmp_path / "model", lines, "--output_dir", tmp_path / name)
+        assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
+    one = write_lines(data / "one.jsonl", [json.loads(lines.read_text().splitlines()[0])])
+    for _ in range(2):
+        run_ask(tmp_path / "model", one, "--output_dir", tmp_path / "scored")
+    assert len((tmp_path / "scored" / "predictions.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_card_without_bfloat16_asks_in_float16(monkeypatch):
+    types = []
+    monkeypatch.setattr(ask, "load", lambda folder, dtype: (types.append(dtype), (torch.nn.Identity(), None))[1])
+    for lacks in (True, False):
+        monkeypatch.setattr(ask, "lacks_bfloat16", lambda device, lacks=lacks: lacks)
+        next(ask.load_in_turn(["folder"], torch.device("cpu")))
+    assert types == [torch.float16, torch.bfloat16]
+
+
 def test_a_picture_that_can_not_be_decoded_is_named_when_a_file_is_asked(data, run_ask, tmp_path):
     picture = data / "8.png"
     picture.write_bytes(picture.read_bytes()[:-200])
@@ -422,7 +485,7 @@ def test_models_are_named_by_their_folders():
 
 
 def test_asking_about_a_file_names_each_metric(data, tmp_path, capsys):
-    ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", 2, tmp_path)
+    ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", 2, OutputDir(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     mean = {name: sum(line[f"after_{name}"] for line in lines) / len(lines) for name in ("correct", "exact", "anls")}
     scores = f"accuracy: {mean['correct']:.1%}, exact match: {mean['exact']:.1%}, ANLS: {mean['anls']:.1%}"
