@@ -348,7 +348,9 @@ def judge(run, dataset, title, asked):
     """Avg Loss of a dataset with the weights as they are now, and the answers to what is asked of it."""
     batches = own_batches(run.engine.accelerator, whole_rows(dataset, *run.room))
     with closing(run.read(batches, title, len(batches))) as batches:
-        return evaluate(run.model, run.tokenizer, run.stop.heeded(batches), asked)
+        judged = evaluate(run.model, run.tokenizer, run.stop.heeded(batches), asked)
+    run.progress.share_left_out()
+    return judged
 
 
 def take_test(run, train, test):

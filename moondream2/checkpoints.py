@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from moondream2.cli import InputError
 from moondream2.files import is_finite, name_of_unfinished, remove, remove_whole, to_json, write_text, write_whole
-from moondream2.launch import any_true, from_main, whole_state, with_heartbeat
+from moondream2.launch import any_true, from_main, union, whole_state, with_heartbeat
 from moondream2.machine import free_memory
 from moondream2.modeling_moondream2 import Answer
 
@@ -125,12 +125,17 @@ class Progress:
     answers_best: dict = field(default_factory=dict)
     test_before: dict = field(default_factory=dict)  # the same of the test file
     test_best: dict = field(default_factory=dict)  # given once, by the weights that are saved
-    left_out: list = field(default_factory=list)  # [source, reason] of examples whose picture broke during the run
+    left_out: list = field(default_factory=list)  # (source, reason) of examples whose picture broke during the run
     tracker_id: str = field(default_factory=lambda: secrets.token_hex(8))  # the run's name for a tracker
 
     def __post_init__(self):
         for answers in (self.answers_before, self.answers_best, self.test_before, self.test_best):  # lists in JSON
             answers.update((key, Answer(*answer)) for key, answer in answers.items())
+        self.left_out = [*map(tuple, self.left_out)]
+
+    def share_left_out(self):
+        """Each process has met other pictures: all learn which examples fell out."""
+        self.left_out = union(self.left_out)
 
     def goes_on(self, epochs, patience):
         """Whether an epoch is still to be trained or judged; says so where patience has come to its end."""

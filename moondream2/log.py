@@ -73,7 +73,7 @@ def left_out(progress, failed):
     known = {source for source, _ in progress.left_out}
     for source, reason in failed:
         if source not in known:
-            progress.left_out.append([source, reason])
+            progress.left_out.append((source, reason))
             tqdm.write(f"left out {source}: {reason} ({len(progress.left_out)} so far)", sys.stderr)
 
 
@@ -97,6 +97,14 @@ def bad_step(step, in_a_row, scaler=None):
     Raises:
         InputError: it is the last of a few in a row.
     """
+    if not step.tokens:
+        tqdm.write("Step not applied: none of its pictures can be read any more", sys.stderr)
+        if in_a_row >= BAD_STEPS:
+            raise InputError(
+                f"{in_a_row} steps in a row without a picture that can be read: bring the pictures back, and the same "
+                "command goes on"
+            )
+        return
     if scaler and math.isfinite(step.loss) and scaler.get_scale() >= 1:
         tqdm.write(f"Step not applied: the loss scale falls to {scaler.get_scale():g}", sys.stderr)
         return

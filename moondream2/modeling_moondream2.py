@@ -164,9 +164,9 @@ def to_8_bits(values):
 
 
 def to_pixels(image, width, height, resampling):
-    """A PIL image, resized -> float32 (3, height, width) in [-1, 1]."""
+    """A PIL image, resized -> float32 (3, height, width) in [-1, 1], as it is copied to a device without a detour."""
     pixels = torch.from_numpy(np.array(image.resize((width, height), resampling)))
-    return rearrange(pixels, "h w c -> c h w").float().div(255).sub(0.5).div(0.5)
+    return rearrange(pixels, "h w c -> c h w").contiguous().float().div(255).sub(0.5).div(0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1251,7 +1251,7 @@ class HfVisionEncoder(nn.Module):
         """A PIL image, or a list of PIL images or Pixels -> (b, 729, 2048)."""
         images = [images] if isinstance(images, Image.Image) else images
         pixels = [x if isinstance(x, Pixels) else self.preprocess(x) for x in images]
-        tilings, crops = [], [on_device_of(self.pos_emb, torch.stack([x.whole for x in pixels]))]
+        tilings, crops = [], [torch.stack([on_device_of(self.pos_emb, x.whole) for x in pixels])]
         for _, local in pixels:
             tiles, tiling = self._tiles(on_device_of(self.pos_emb, local))
             crops.append(tiles)

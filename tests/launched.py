@@ -19,6 +19,8 @@ import finetune_moondream as script
 from moondream2 import launch as processes
 from moondream2.checkpoints import Checkpoints, Interrupted, Progress, Stop
 from moondream2.cli import InputError
+from moondream2.features import FeatureStore
+from moondream2.pictures import PictureError
 
 NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0, "reductions": 0}
 
@@ -201,6 +203,20 @@ def first_step_is_lost():
 
     processes.Accelerator.backward = first_is_nan
     return losses
+
+
+def second_loses_a_picture():
+    """The first picture that the second process reads is gone there from then on."""
+    in_float32()
+    read, lost = FeatureStore.read, []
+
+    def fail(store, picture):
+        lost[:] = lost or [picture.key]
+        if os.environ["RANK"] == "1" and picture.key == lost[0]:
+            raise PictureError("gone")
+        return read(store, picture)
+
+    FeatureStore.read = fail
 
 
 def stopped_before_it_is_applied():

@@ -31,9 +31,7 @@ RANK = 4
 PARAMETERS = RANK * 3 * 16 * 64  # of four layers in three blocks, in all 16 times as wide as the model
 
 
-@pytest.fixture
-def small_model(request, smallest):
-    return smallest[getattr(request, "param", TINY)]
+pytestmark = pytest.mark.usefixtures("smallest")  # `small_model` is that one
 
 
 @pytest.fixture
@@ -414,6 +412,17 @@ def test_an_overflow_skips_a_step_and_lowers_the_scale(flags, run_main, on_an_ol
     assert [scale for _, _, scale in skipped] == [2.0 ** (18 - k) for k in range(len(skipped))]
     assert all(moved == is_applied for is_applied, moved, _ in steps)
     assert f"Step not applied: the loss scale falls to {2.0**18:g}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scaler", [None, SimpleNamespace(get_scale=lambda: 2.0)], ids=["bfloat16", "float16"])
+def test_steps_without_a_picture_are_no_fault_of_loss_or_scale(capsys, scaler):
+    step = Step([], learning_rate=1e-3, loss=0.0, grad_norm=0.0, tokens=0, is_applied=False, wishes=[])
+    log.bad_step(step, log.BAD_STEPS - 1, scaler)
+    assert capsys.readouterr().err == "Step not applied: none of its pictures can be read any more\n"
+    with pytest.raises(
+        InputError, match="3 steps in a row without a picture that can be read: bring the pictures back"
+    ):
+        log.bad_step(step, log.BAD_STEPS, scaler)
 
 
 def test_where_no_scale_helps_the_run_ends(capsys):

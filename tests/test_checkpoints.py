@@ -35,10 +35,7 @@ from tests.child import Child
 from tests.launched import signalled_while_it_writes, writing_in_background
 from tests.shared import TINY, both_releases, untimed
 
-
-@pytest.fixture
-def small_model(request, smallest):
-    return smallest[getattr(request, "param", TINY)]
+pytestmark = pytest.mark.usefixtures("smallest")  # `small_model` is that one
 
 
 @pytest.fixture
@@ -483,7 +480,7 @@ def test_a_checkpoint_of_another_version_is_one_line(trained, change):
 
 def test_progress_is_kept_as_it_is(trained, capsys):
     progress = resume(trained, step_size=4, overwrite=False)
-    progress.epoch, progress.left_out = 3, [["train.jsonl:1", "broken"]]
+    progress.epoch, progress.left_out = 3, [("train.jsonl:1", "broken")]
     progress.answers_best = {"0123": Answer("No", 0.1 + 0.2, True)}
     trained.checkpoints.save(progress)
     again = resume(trained, step_size=8, overwrite=False)

@@ -431,8 +431,15 @@ def test_reading_and_encoding_on_the_fly_write_nothing(tiny, pictures, store, tm
 
 
 def test_for_a_gpu_what_is_read_is_pinned_by_whoever_reads(pictures, store, keep, monkeypatch):
+    """And lies there as it is to lie on the card: else torch copies it once more, to where it is not pinned."""
     pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (pinned.append(self.shape), self)[1])
+
+    def pin(tensor):
+        assert tensor.is_contiguous()
+        pinned.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     keep(pictures[:1], store)
     store.is_pinned = True
     (features, _), (_, pixels) = map(store.read, pictures[:2])

@@ -37,6 +37,7 @@ from tests.launched import (
     main_writes_while_all_go_on,
     reading_for_long,
     reading_in_vain,
+    second_loses_a_picture,
     sharded,
     sharded_and_first_is_best,
     sharded_and_stopped_before_it_is_applied,
@@ -193,6 +194,15 @@ def test_several_answer_the_test_file_as_one_does_with_the_weights_that_are_save
     assert "test_loss" not in several[2] and several[2]["valid_loss"] != pytest.approx(one[1]["valid_loss"], rel=1e-3)
     weights, expected = (load_file(each / "out" / "model.safetensors") for each in (tmp_path, folder))
     assert all(difference(name, weights[name], tensor) <= 1e-5 for name, tensor in expected.items())
+
+
+def test_what_another_process_could_not_read_is_told_as_well(flags, tmp_path):
+    """Of the picture that the second process loses, the first, which writes, meets nothing."""
+    trained(2, flags, tmp_path, second_loses_a_picture, features_dir="none")
+    left_out = [record["left_out"] for record in log_of(tmp_path)]
+    assert left_out[0] == 0 < left_out[1] == left_out[2]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"- picture broken, during the run: {left_out[1]} ({flags['train_file']}:" in card
 
 
 def test_one_process_speaks_and_all_finish(flags, tmp_path):

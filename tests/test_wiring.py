@@ -22,10 +22,7 @@ from moondream2.scoring import is_correct
 from tests.shared import TINY, TINY_2025, dataset, write_lines
 from tests.test_training import plain_losses
 
-
-@pytest.fixture
-def small_model(request, smallest):
-    return smallest[getattr(request, "param", TINY)]
+pytestmark = pytest.mark.usefixtures("smallest")  # `small_model` is that one
 
 
 @pytest.fixture
@@ -198,6 +195,26 @@ def test_on_a_card_rows_are_padded(flags, run_main, monkeypatch, data, tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs that go wrong on the way
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_pictures_all_go_ends_and_goes_on_when_they_are_back(flags, run_main, monkeypatch, capsys):
+    keep, there = script.keep_features, {}
+
+    def keep_then_remove(files, *more):
+        broken = keep(files, *more)
+        there.update((picture.path, picture.path.read_bytes()) for picture in files[0].values())
+        for path in there:
+            path.unlink()
+        return broken
+
+    flags |= {"features_dir": "none", "checkpoint_minutes": 1e-9}
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="bring the pictures back, and the same"):
+        patch.setattr(script, "keep_features", keep_then_remove)
+        run_main(**flags)
+    for path, content in there.items():
+        path.write_bytes(content)
+    run_main(**flags)
+    assert log_of(flags["output_dir"])[1]["train_loss"] > 0
 
 
 def test_pictures_that_go_during_a_run_are_told_in_log_card_and_page(flags, run_main, monkeypatch, capsys):
