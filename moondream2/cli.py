@@ -141,6 +141,15 @@ def run(main):
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell has it
     except OSError as error:  # a disk that went away, a folder that no longer lets in
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(f"error: {where}{error.strerror or error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which not all that comes here has imported
+            raise
+        said = str(error).partition(". ")[0]
+        sys.exit(
+            f"error: {said}: take a smaller BATCH_SIZE, or GRADIENT_CHECKPOINTING: docs/memory.md says what they save"
+        )

@@ -298,14 +298,17 @@ def convert(source, target, named, images=None, split="train", subset=None):
         if not written:
             keys = f"; its keys are {keys_in(sample)}" if notes.sample and isinstance(sample, dict) else ""
             raise InputError("\n".join([f"nothing in {source} can be used{keys}", *lines_of(notes.skipped)]))
-        refuse(target)
+        refuse(target)  # which may have come meanwhile
+        if pictures.filled:
+            refuse(pictures.folder)
     print(f"{target}: {written:,} lines about {len(names):,} pictures, of {notes.sample:,} samples")
     if pictures.filled:
         print(f"The pictures that lay inside are files in {pictures.folder}")
     for title, counted in (("Skipped:", notes.skipped), ("Look at these:", notes.doubtful)):
         if counted:
             print("\n".join([title, *lines_of(counted)]))
-    print(f"To train on it: python finetune_moondream.py --train_file {shlex.quote(str(target))}")
+    flags = f"--train_file {shlex.quote(str(target))} --valid_file none"
+    print(f"To train on it, a tenth of its pictures for validation: python finetune_moondream.py {flags}")
 
 
 def main():

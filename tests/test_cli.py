@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 
 import finetune_moondream as script
 from moondream2 import cli
@@ -236,6 +237,11 @@ def test_importing_cli_only_defines():
         (OSError(errno.EACCES, "Permission denied", "a/b"), "error: a/b: Permission denied"),
         (ConnectionError("the tracker does not answer"), "error: the tracker does not answer"),
         (InputError("what, where"), "error: what, where"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of"),
+            "error: CUDA out of memory: take a smaller BATCH_SIZE, or GRADIENT_CHECKPOINTING: docs/memory.md says what "
+            "they save",
+        ),
     ],
 )
 def test_what_a_person_can_mend_is_one_line(error, line):
@@ -245,6 +251,23 @@ def test_what_a_person_can_mend_is_one_line(error, line):
     with pytest.raises(SystemExit) as done:
         cli.run(main)
     assert done.value.code == line
+
+
+def test_ctrl_c_ends_a_program_as_a_shell_has_it():
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as done:
+        cli.run(main)
+    assert done.type is SystemExit and done.value.code == 130
+
+
+def test_what_no_person_can_mend_is_told_whole():
+    def main():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        cli.run(main)
 
 
 def test_a_program_ends_without_looking_for_garbage():

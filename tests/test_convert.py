@@ -96,7 +96,8 @@ def test_llava_in_every_form_of_json(folder, form, capsys):
     assert lines_of(source) == LLAVA_LINES
     assert capsys.readouterr().out.splitlines() == [
         f"{folder}/made.jsonl: 3 lines about 2 pictures, of 2 samples",
-        f"To train on it: python finetune_moondream.py --train_file {folder}/made.jsonl",
+        "To train on it, a tenth of its pictures for validation: python finetune_moondream.py "
+        f"--train_file {folder}/made.jsonl --valid_file none",
     ]
 
 
@@ -476,15 +477,20 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_typed_again(folder,
     assert len(lines_of(source)) == 3
 
 
-def test_what_comes_into_being_meanwhile_is_not_overwritten(folder, monkeypatch):
+@pytest.mark.parametrize("name", ["made.jsonl", "made_images"])
+def test_what_comes_into_being_meanwhile_is_not_overwritten(folder, name, monkeypatch):
+    before = {path.name for path in folder.iterdir()}
+
     def read(*args):
         yield from inside(1)
-        (folder / "made.jsonl").write_text("mine")
+        (folder / name).mkdir()
+        (folder / name / "mine").touch()
 
     monkeypatch.setattr(convert, "read", read)
-    with pytest.raises(InputError, match=r"made.jsonl exists"):
+    with pytest.raises(InputError, match=f"{name} exists"):
         converted(folder, [])
-    assert (folder / "made.jsonl").read_text() == "mine" and not (folder / "made_images").exists()
+    assert (folder / name / "mine").exists()
+    assert {path.name for path in folder.iterdir()} == before | {"source.jsonl", name}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
