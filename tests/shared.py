@@ -64,8 +64,9 @@ def all_cores():
 
 @pytest.fixture
 def small_model(request):
-    """The folder of the small checkpoint; a test of `both_releases` runs with that of each."""
-    return getattr(request, "param", TINY)
+    """The folder of the small checkpoint, for `both_releases` of each release; of `smallest` where that is used."""
+    folder = getattr(request, "param", TINY)
+    return request.getfixturevalue("smallest")[folder] if "smallest" in request.fixturenames else folder
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from moondream2.features import image_embeds
 from moondream2.pictures import pixels_of
 from moondream2.rows import StepSampler, row_length, rows_of, text_inputs
 from tests.shared import (
-    TINY,
     both_releases,
     constants,
     dataset,
@@ -30,10 +29,7 @@ from tests.shared import (
     step_of,
 )
 
-
-@pytest.fixture
-def small_model(request, smallest):
-    return smallest[getattr(request, "param", TINY)]
+pytestmark = pytest.mark.usefixtures("smallest")  # `small_model` is that one
 
 
 @pytest.fixture
