@@ -150,6 +150,5 @@ def run(main):
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which not all that comes here has imported
             raise
         said = str(error).partition(". ")[0]
-        sys.exit(
-            f"error: {said}: take a smaller BATCH_SIZE, or GRADIENT_CHECKPOINTING: docs/memory.md says what they save"
-        )
+        less = "take a smaller BATCH_SIZE (with more GRAD_ACCUM_STEPS the run is the same), or GRADIENT_CHECKPOINTING"
+        sys.exit(f"error: {said}: {less}")
