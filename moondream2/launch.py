@@ -208,6 +208,7 @@ def sums(accelerator, tensor, *numbers):
 def whole_weights(model):
     """Within it a sharded model lies whole in each process, which can then use it at its own pace."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    last = model.text_model, model.get_output_embeddings()  # stay whole in training, too: backward begins with them
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
@@ -215,5 +216,5 @@ def whole_weights(model):
         yield
     finally:
         for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
+            part.set_reshard_after_forward(part not in last, recurse=False)
             part.reshard()

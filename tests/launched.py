@@ -7,6 +7,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -22,7 +23,7 @@ from moondream2.cli import InputError
 from moondream2.features import FeatureStore
 from moondream2.pictures import PictureError
 
-NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0, "reductions": 0}
+NOTES = {"steps": [], "encoded": 0, "rows": 0, "positions": 0, "reductions": 0, "gathers": 0}
 
 
 def noting():
@@ -50,21 +51,23 @@ def noting():
             yield step
 
     script.load_model, script.train_steps = load, steps
-    script.backward, script.update = (counting_reductions(each) for each in (script.backward, script.update))
+    script.backward, script.update = (counting_exchanges(each) for each in (script.backward, script.update))
 
 
-def counting_reductions(function):
-    """Counts what the function exchanges besides gradients, which torch exchanges by itself."""
+def counting_exchanges(function):
+    """Counts what the function exchanges besides gradients, which torch exchanges by itself; gathered weights, too."""
 
     def counting(*arguments):
-        reduce = torch.distributed.all_reduce
-        torch.distributed.all_reduce = lambda *args, **words: (count(reductions=1), reduce(*args, **words))[1]
-        try:
+        names = {"all_reduce": "reductions", "all_gather_single": "gathers"}
+        exchanges = {name: counted(getattr(torch.distributed, name), noted) for name, noted in names.items()}
+        with patch.multiple(torch.distributed, **exchanges):
             return function(*arguments)
-        finally:
-            torch.distributed.all_reduce = reduce
 
     return counting
+
+
+def counted(function, name):
+    return lambda *arguments, **words: (count(**{name: 1}), function(*arguments, **words))[1]
 
 
 def in_bfloat16():

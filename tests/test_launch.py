@@ -360,19 +360,21 @@ def test_stopped_it_goes_on_in_another_number_of_processes(flags, whole, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "release"),
+    ("changes", "release", "gathers"),
     [
-        ({}, TINY),
-        pytest.param({}, TINY_2025, marks=slow),
-        pytest.param({"lora_rank": 4, "learning_rate": 1e-3, "epochs": 1}, TINY, marks=slow),
+        ({}, TINY, 4 * 2 + 2),  # three layers and the embeddings before each pass, all others once
+        pytest.param({}, TINY_2025, 3 * 2 + 2, marks=slow),  # where the embeddings are among the others
+        pytest.param({"lora_rank": 4, "learning_rate": 1e-3, "epochs": 1}, TINY, 4 * 2 + 2, marks=slow),
     ],
     ids=["every weight", "2025", "adapters"],
 )
-def test_sharded_it_trains_as_one(flags, smallest, reference, tmp_path, changes, release):
+def test_sharded_it_trains_as_one(flags, smallest, reference, tmp_path, changes, release, gathers):
+    """And gathers in a step what it needs, not more: `lm_head` stays from one pass to the other."""
     flags["model_id"] = smallest[release]
     folder, one = reference(flags, 4, **changes)
     several = trained(2, flags, tmp_path, sharded, **changes)
     assert all(noted["sharded"] for noted in several) and not one["sharded"]
+    assert all(noted["gathers"] == gathers * len(noted["steps"]) for noted in several)
     assert_same_training(one, several, folder, tmp_path, flags["model_id"])
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert saved.get_input_embeddings().weight.isfinite().all()
