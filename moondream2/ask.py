@@ -10,7 +10,6 @@ python -m moondream2.ask moondream_crosswalks_finetuned --serve
 
 import argparse
 import sys
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -146,14 +145,15 @@ def encode_once(pictures, vision_encoder, store):
         encode_pictures(chunks_with(missing, [pictures]), vision_encoder, store)
 
 
-def score(models, names, path, batch_size, output):
-    """Answers a file of questions and scores those that have an answer; writes the answers and a report to a folder.
+def score(models, names, path, batch_size):
+    """Answers a file of questions, scores those that have an answer, and prints what came of it.
 
     Args:
         models: gives (model, tokenizer) of one model or of two, each loaded when it is its turn. Of two the second is
             compared with the first, whose answers stand where those before training would.
         names: of the models.
-        output: OutputDir of the folder.
+    Returns:
+        the answers, a dictionary a question, and the facts of their page.
     """
     data, results = None, []
     with TemporaryDirectory() as folder:
@@ -172,9 +172,8 @@ def score(models, names, path, batch_size, output):
         compared = dict(zip(("before", "after"), names, strict=True))
     print_scores(lines, names, [each_loss for each_loss, _, _ in results])
     log.verdict(sets, compared)
-    output.write_lines("predictions.jsonl", lines)
     title = f"{' and '.join(names)} on {path.name}"
-    page = facts(
+    return lines, facts(
         title=title,
         constants=SimpleNamespace(model_id=title, revision=None, batch_size=batch_size),
         summary=None,
@@ -186,17 +185,13 @@ def score(models, names, path, batch_size, output):
         machine=told,
         names=compared,
     )
-    write_report(output.own("report.html"), page)
-    print(f"Answers and report in {output.path}")
 
 
-@contextmanager
-def held(output, model):
-    """Within it the folder takes a file's answers and report: no model's or run's, nor one with files of the user's."""
-    with output.held(model):
-        if output.names - {"predictions.jsonl", "report.html"}:
-            raise InputError(f"{output.path} is a run's: give another --output_dir")
-        yield
+def refuse_folder(output, model):
+    """A file's answers and report go to a folder of their own, no model's or run's nor one with a user's files."""
+    output.look(model)
+    if output.names - {"predictions.jsonl", "report.html"}:
+        raise InputError(f"{output.path} is a run's: give another --output_dir")
 
 
 def print_scores(lines, names, losses):
@@ -270,8 +265,12 @@ def main():
     elif words.is_file:
         kind = "compared" if words.against else "scored"
         output = OutputDir(words.output_dir or f"{Path(words.picture).with_suffix('').name}_{kind}")
-        with held(output, words.model):
-            score(models, names, Path(words.picture), words.batch_size, output)
+        refuse_folder(output, words.model)
+        lines, page = score(models, names, Path(words.picture), words.batch_size)
+        with output.held(words.model):
+            output.write_lines("predictions.jsonl", lines)
+            write_report(output.own("report.html"), page)
+        print(f"Answers and report in {output.path}")
     else:
         ask(*next(models), words.picture, words.question)
 

@@ -349,7 +349,7 @@ def test_what_is_to_be_said_of_a_picture_that_is_asked_about_is_said_beside_the_
         ask.ask(model, tokenizer, tmp_path / "text.png", ["Why?"])
 
 
-def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(data, tmp_path, monkeypatch):
+def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(data, monkeypatch):
     taken, rows_of = [], ask.whole_rows
 
     def whole_rows(examples, prefix, pictures, most):
@@ -358,7 +358,7 @@ def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(d
 
     monkeypatch.setattr(ask, "whole_rows", whole_rows)
     for batch_size in (1, 3):
-        ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", batch_size, OutputDir(tmp_path))
+        ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", batch_size)
     assert taken == [4, 12]
 
 
@@ -420,19 +420,17 @@ def test_models_of_two_releases_are_each_asked_in_their_own_tokens(data, run_ask
         assert (line["before"], line["after"]) == (first["after"], second["after"])
 
 
-def test_what_does_not_fit_one_of_two_models_is_skipped_for_both(data, tmp_path, capsys):
+def test_what_does_not_fit_one_of_two_models_is_skipped_for_both(data, capsys):
     """The second has room for the shorter of two questions only."""
     lines = [json.loads(line) for line in (data / "valid.jsonl").read_text().splitlines()][:2]
     lines[1]["question"] *= 20
     (small, tokenizer), path = ask.load(TINY), write_lines(data / "some.jsonl", lines)
     small.config.text_config.max_position_embeddings = small.config.prefix_tokens + 60
-    output = OutputDir(tmp_path / "scored")
-    with output.held(TINY):
-        ask.score([ask.load(TINY), (small, tokenizer)], ["first", "second"], path, 2, output)
+    answers, _ = ask.score([ask.load(TINY), (small, tokenizer)], ["first", "second"], path, 2)
     out = capsys.readouterr().out
     assert "some.jsonl: 1 of 2 lines skipped" in out and "some.jsonl:2: too long: " in out
     assert "first: 1 questions" in out and "second: 1 questions" in out
-    assert len((tmp_path / "scored" / "predictions.jsonl").read_text().splitlines()) == 1
+    assert [each["source"] for each in answers] == [f"{path}:1"]
 
 
 def test_scores_replace_scores_and_nothing_else(data, run_ask, tmp_path):
@@ -479,14 +477,19 @@ def test_a_picture_that_can_not_be_decoded_is_named_when_a_file_is_asked(data, r
     )
 
 
+def test_a_model_that_can_not_be_loaded_leaves_no_folder_for_its_scores(data, run_ask, tmp_path):
+    with pytest.raises(InputError, match="there is no folder nowhere"):
+        run_ask("nowhere", data / "valid.jsonl", "--output_dir", tmp_path / "scored")
+    assert not (tmp_path / "scored").exists()
+
+
 def test_models_are_named_by_their_folders():
     assert ask.names_of(["runs/first", "./second/"]) == ["first", "second"]
     assert ask.names_of(["a/out", "b/out"]) == ["a/out", "b/out"]
 
 
-def test_asking_about_a_file_names_each_metric(data, tmp_path, capsys):
-    ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", 2, OutputDir(tmp_path))
-    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+def test_asking_about_a_file_names_each_metric(data, capsys):
+    lines, _ = ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", 2)
     mean = {name: sum(line[f"after_{name}"] for line in lines) / len(lines) for name in ("correct", "exact", "anls")}
     scores = f"accuracy: {mean['correct']:.1%}, exact match: {mean['exact']:.1%}, ANLS: {mean['anls']:.1%}"
     assert capsys.readouterr().out.splitlines()[0].endswith(scores)
