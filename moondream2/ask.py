@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moondream2 import cli, log
 from moondream2.cli import InputError
@@ -45,17 +45,25 @@ from moondream2.serve import LOCAL, PORT, serve
 from moondream2.verdict import sureness
 
 
-def load(folder, dtype=torch.bfloat16):
-    """A saved model and its tokenizer."""
+def load_tokenizer(folder):
+    """A saved model's configuration and tokenizer."""
     if not Path(folder).is_dir():
         raise InputError(f"there is no folder {folder}: give that of a saved model, a run's OUTPUT_DIR")
+    with checked_loading(folder, None) as loaded:
+        loaded.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        loaded.tokenizer = loaded.config.load_tokenizer(folder)
+    return loaded.config, loaded.tokenizer
+
+
+def load(folder, dtype=torch.bfloat16):
+    """A saved model and its tokenizer."""
+    config, tokenizer = load_tokenizer(folder)
     set_up_torch()
     with checked_loading(folder, None) as loaded:
         model, loaded.info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
-        loaded.tokenizer = model.config.load_tokenizer(folder)
-    return model, loaded.tokenizer
+    return model, tokenizer
 
 
 def ask(model, tokenizer, path, questions):
@@ -76,37 +84,42 @@ def ask(model, tokenizer, path, questions):
         print(f"  {sureness(answer.probability)} sure{cut}", file=sys.stderr, flush=True)
 
 
-def read_questions(path, eos_token):
+def read_questions(path, releases):
     """The examples of a JSONL file, in the form of a dataset: path, examples, pictures by their key, skipped.
 
-    An example without answers is a question that is asked, and has no say in accuracy and loss. None is in tokens yet.
+    An example without answers is a question that is asked, and has no say in accuracy and loss.
+
+    Args:
+        releases: (config, tokenizer) of each model that is to be asked. What is too long for one, none is asked.
     """
-    lines = read_lines(path, eos_token, is_labelled=False)
+    lines = read_lines(path, releases[0][1].eos_token, is_labelled=False)
     data = SimpleNamespace(path=path, examples=[], pictures={}, skipped=[])
     found = find_pictures(path, lines, KnownPictures(None))
+    too_long = {}  # {source: its tokens}
+    for config, tokenizer in releases:
+        for line, ids in zip(lines, tokenize(lines, config, tokenizer), strict=True):
+            if (tokens := sum(map(len, ids))) > config.max_text_tokens:
+                too_long[line.source] = tokens
     for line in lines:
         picture = found[line.image_path]
         if line.lacks and not line.is_only_asked:
             data.skipped.append((line.source, line.lacks))
         elif isinstance(picture, PictureError):
             data.skipped.append((line.source, picture.reason(line.image_path)))
+        elif line.source in too_long:
+            data.skipped.append((line.source, f"too long: {too_long[line.source]} tokens of text"))
         else:
             data.pictures.setdefault(picture.key, picture)
             data.examples.append(Example(*line, picture.key, [], []))
+    if not data.examples:
+        raise InputError(f"{path} has no question that can be asked")
     return data
 
 
-def put_in_tokens(data, config, tokenizer):
-    """Puts examples into the tokens of a model's release; one that is too long there is skipped for all models."""
-    examples, data.examples, before = data.examples, [], len(data.skipped)
-    for example, (prompt_ids, answer_ids) in zip(examples, tokenize(examples, config, tokenizer), strict=True):
-        if (tokens := len(prompt_ids) + len(answer_ids)) > config.max_text_tokens:
-            data.skipped.append((example.source, f"too long: {tokens} tokens of text"))
-        else:
-            data.examples.append(example._replace(prompt_ids=prompt_ids, answer_ids=answer_ids))
-    log.skipped(data, before)
-    if not data.examples:
-        raise InputError(f"{data.path} has no question that can be asked")
+def in_tokens(examples, config, tokenizer):
+    """The examples with the token ids of a model's release."""
+    ids = tokenize(examples, config, tokenizer)
+    return [each._replace(prompt_ids=p, answer_ids=a) for each, (p, a) in zip(examples, ids, strict=True)]
 
 
 def answers_of(model, tokenizer, data, batch_size, features_dir=None):
@@ -145,34 +158,32 @@ def encode_once(pictures, vision_encoder, store):
         encode_pictures(chunks_with(missing, [pictures]), vision_encoder, store)
 
 
-def score(models, names, path, batch_size):
-    """Answers a file of questions, scores those that have an answer, and prints what came of it.
+def score(models, names, data, batch_size):
+    """Answers a file's questions, scores those that have an answer, and prints what came of it.
 
     Args:
         models: gives (model, tokenizer) of one model or of two, each loaded when it is its turn. Of two the second is
             compared with the first, whose answers stand where those before training would.
         names: of the models.
+        data: of `read_questions`.
     Returns:
         the answers, a dictionary a question, and the facts of their page.
     """
-    data, results = None, []
+    results = []
     with TemporaryDirectory() as folder:
         for model, tokenizer in models:
-            if data is None:
-                data = read_questions(path, tokenizer.eos_token)
-                log.skipped(data)
-            put_in_tokens(data, model.config, tokenizer)
+            data.examples = in_tokens(data.examples, model.config, tokenizer)
             results.append(answers_of(model, tokenizer, data, batch_size, folder if len(names) > 1 else None))
             told = machine(model.device, 0.0)
             del model, tokenizer  # before the next are loaded
     before, (loss, after, left_out) = results[0][1] if len(results) > 1 else {}, results[-1]
     lines = predictions(data, before, after)
-    sets, compared = [{"name": path.name, "predictions": lines}], None
+    sets, compared = [{"name": data.path.name, "predictions": lines}], None
     if len(names) > 1:
         compared = dict(zip(("before", "after"), names, strict=True))
     print_scores(lines, names, [each_loss for each_loss, _, _ in results])
     log.verdict(sets, compared)
-    title = f"{' and '.join(names)} on {path.name}"
+    title = f"{' and '.join(names)} on {data.path.name}"
     return lines, facts(
         title=title,
         constants=SimpleNamespace(model_id=title, revision=None, batch_size=batch_size),
@@ -188,7 +199,7 @@ def score(models, names, path, batch_size):
 
 
 def refuse_folder(output, model):
-    """A file's answers and report go to a folder of their own, no model's or run's nor one with a user's files."""
+    """Raises InputError where the folder that is to take answers is a model's or a run's, or has a user's files."""
     output.look(model)
     if output.names - {"predictions.jsonl", "report.html"}:
         raise InputError(f"{output.path} is a run's: give another --output_dir")
@@ -266,8 +277,11 @@ def main():
         kind = "compared" if words.against else "scored"
         output = OutputDir(words.output_dir or f"{Path(words.picture).with_suffix('').name}_{kind}")
         refuse_folder(output, words.model)
-        lines, page = score(models, names, Path(words.picture), words.batch_size)
+        data = read_questions(Path(words.picture), [load_tokenizer(folder) for folder in folders])
+        log.skipped(data)
+        lines, page = score(models, names, data, words.batch_size)
         with output.held(words.model):
+            refuse_folder(output, words.model)  # once more: a run may have begun there
             output.write_lines("predictions.jsonl", lines)
             write_report(output.own("report.html"), page)
         print(f"Answers and report in {output.path}")

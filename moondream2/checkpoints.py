@@ -232,6 +232,7 @@ class Checkpoints:
 
     def save(self, progress, at_once=False):
         """Saves where the run stands; returns when that is done if it is to be `at_once`. Called by all processes."""
+        progress.share_left_out()
         if from_main(self.accelerator, self.is_saved, progress):
             return
         weights, scaler = self.weights(), self.accelerator.scaler

@@ -150,5 +150,4 @@ def run(main):
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which not all that comes here has imported
             raise
         said = str(error).partition(". ")[0]
-        less = "take a smaller BATCH_SIZE (with more GRAD_ACCUM_STEPS the run is the same), or GRADIENT_CHECKPOINTING"
-        sys.exit(f"error: {said}: {less}")
+        sys.exit(f"error: {said}: docs/troubleshooting.md says how to take less")

@@ -1,8 +1,8 @@
 """Makes training lines of questions in another form: JSON, CSV, parquet, a folder of such, a dataset on the hub.
 
-python -m moondream2.convert llava.json train.jsonl --images coco
-python -m moondream2.convert photos.csv train.jsonl --image_key photo --question_key prompt --answer_key response
-python -m moondream2.convert owner/name valid.jsonl --split validation
+python -m moondream2.convert llava.json mine.jsonl --images coco
+python -m moondream2.convert photos.csv mine.jsonl --image_key photo --question_key prompt --answer_key response
+python -m moondream2.convert owner/name mine_valid.jsonl --split validation
 
 Forms are told by their keys; docs/data.md shows them. Nothing that exists is overwritten.
 """

@@ -43,7 +43,7 @@ def start(tracker=None, folder=None, lora_rank=None):
     """
     refuse_missing_tracker(tracker)
     set_up_torch()
-    in_buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # a second copy only where a step adds up
+    in_buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy, but while they add up
     handlers = [in_buckets, InitProcessGroupKwargs(timeout=TIMEOUT)]
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers, log_with=tracker, project_dir=folder)
     accelerator.gradient_accumulation_steps = 1  # the script's own, whatever the launch says: it counts tokens
@@ -208,7 +208,8 @@ def sums(accelerator, tensor, *numbers):
 def whole_weights(model):
     """Within it a sharded model lies whole in each process, which can then use it at its own pace."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    last = model.text_model, model.get_output_embeddings()  # stay whole in training, too: backward begins with them
+    text_model = model.text_model
+    last = text_model, text_model.final_norm, text_model.get_output_embeddings()  # stay whole: backward begins there
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)

@@ -12,7 +12,7 @@ from moondream2.verdict import sentences
 
 TOLERANCE = 1e-3  # of a loss: by how much rounding merged weights may change it unsaid
 PACE = ("questions_per_second", "tokens_per_second", "share_of_peak", "peak_memory_gib")  # of an epoch's record
-BAD_STEPS = 3  # steps in a row without a finite gradient that end a run
+BAD_STEPS = 3  # steps in a row that could not be applied end a run
 
 
 def skipped(dataset, since=0, most=5):
@@ -89,7 +89,7 @@ def scores_of_step(step):
 
 
 def bad_step(step, in_a_row, scaler=None):
-    """Names the examples of a step that was not applied.
+    """Says why a step was not applied: its examples, or that they are gone.
 
     In float16 a gradient times the loss scale of `scaler` may be too large, which is then lowered: as long as that can
     help, such steps are no fault of the run.

@@ -164,7 +164,7 @@ def to_8_bits(values):
 
 
 def to_pixels(image, width, height, resampling):
-    """A PIL image, resized -> float32 (3, height, width) in [-1, 1], as it is copied to a device without a detour."""
+    """A PIL image, resized -> float32 (3, height, width) in [-1, 1], contiguous: pinned and copied as it is."""
     pixels = torch.from_numpy(np.array(image.resize((width, height), resampling)))
     return rearrange(pixels, "h w c -> c h w").contiguous().float().div(255).sub(0.5).div(0.5)
 

@@ -209,9 +209,9 @@ def first_step_is_lost():
 
 
 def second_loses_a_picture():
-    """The first picture that the second process reads is gone there from then on."""
+    """The first picture that the second process reads is gone there from then on. Notes what checkpoints say of it."""
     in_float32()
-    read, lost = FeatureStore.read, []
+    read, lost, write = FeatureStore.read, [], Checkpoints.write
 
     def fail(store, picture):
         lost[:] = lost or [picture.key]
@@ -219,7 +219,11 @@ def second_loses_a_picture():
             raise PictureError("gone")
         return read(store, picture)
 
-    FeatureStore.read = fail
+    def write_and_note(checkpoints, progress, *state):
+        NOTES.setdefault("left_out_when_written", []).append((progress.epoch, len(progress.left_out)))
+        write(checkpoints, progress, *state)
+
+    FeatureStore.read, Checkpoints.write = fail, write_and_note
 
 
 def stopped_before_it_is_applied():

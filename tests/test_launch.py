@@ -198,9 +198,10 @@ def test_several_answer_the_test_file_as_one_does_with_the_weights_that_are_save
 
 def test_what_another_process_could_not_read_is_told_as_well(flags, tmp_path):
     """Of the picture that the second process loses, the first, which writes, meets nothing."""
-    trained(2, flags, tmp_path, second_loses_a_picture, features_dir="none")
+    notes = trained(2, flags, tmp_path, second_loses_a_picture, features_dir="none", checkpoint_minutes=1e-9)
     left_out = [record["left_out"] for record in log_of(tmp_path)]
     assert left_out[0] == 0 < left_out[1] == left_out[2]
+    assert [1, left_out[1]] in notes[0]["left_out_when_written"]  # within the epoch already, as it may stop there
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"- picture broken, during the run: {left_out[1]} ({flags['train_file']}:" in card
 

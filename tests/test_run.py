@@ -13,7 +13,7 @@ import weakref
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import finetune_moondream as script
 from moondream2 import ask, features, launch
@@ -357,8 +357,9 @@ def test_asking_about_a_file_takes_as_many_pictures_at_once_as_batch_size_says(d
         return rows_of(examples, prefix, pictures, most)
 
     monkeypatch.setattr(ask, "whole_rows", whole_rows)
+    questions = ask.read_questions(data / "valid.jsonl", [ask.load_tokenizer(TINY)])
     for batch_size in (1, 3):
-        ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", batch_size)
+        ask.score([ask.load(TINY)], ["tiny"], questions, batch_size)
     assert taken == [4, 12]
 
 
@@ -420,17 +421,20 @@ def test_models_of_two_releases_are_each_asked_in_their_own_tokens(data, run_ask
         assert (line["before"], line["after"]) == (first["after"], second["after"])
 
 
-def test_what_does_not_fit_one_of_two_models_is_skipped_for_both(data, capsys):
-    """The second has room for the shorter of two questions only."""
+def test_what_does_not_fit_one_of_two_models_neither_is_asked(data, run_ask, tmp_path):
+    """So the first, which has room for both questions, has the loss of the shorter one alone."""
     lines = [json.loads(line) for line in (data / "valid.jsonl").read_text().splitlines()][:2]
     lines[1]["question"] *= 20
-    (small, tokenizer), path = ask.load(TINY), write_lines(data / "some.jsonl", lines)
-    small.config.text_config.max_position_embeddings = small.config.prefix_tokens + 60
-    answers, _ = ask.score([ask.load(TINY), (small, tokenizer)], ["first", "second"], path, 2)
-    out = capsys.readouterr().out
-    assert "some.jsonl: 1 of 2 lines skipped" in out and "some.jsonl:2: too long: " in out
-    assert "first: 1 questions" in out and "second: 1 questions" in out
-    assert [each["source"] for each in answers] == [f"{path}:1"]
+    shutil.copytree(TINY, tmp_path / "narrow")
+    config = json.loads((TINY / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = AutoConfig.from_pretrained(TINY).prefix_tokens + 60
+    (tmp_path / "narrow" / "config.json").write_text(json.dumps(config))
+    one, two = (write_lines(data / f"{count}.jsonl", lines[:count]) for count in (1, 2))
+    alone = run_ask(TINY, one, "--output_dir", tmp_path / "one")
+    out = run_ask(tmp_path / "narrow", two, "--against", TINY, "--output_dir", tmp_path / "two")
+    assert "2.jsonl: 1 of 2 lines skipped" in out and "2.jsonl:2: too long: " in out
+    assert f"tiny_moondream2: {alone.splitlines()[0]}" in out
+    assert len((tmp_path / "two" / "predictions.jsonl").read_text().splitlines()) == 1
 
 
 def test_scores_replace_scores_and_nothing_else(data, run_ask, tmp_path):
@@ -456,6 +460,21 @@ def test_scores_replace_scores_and_nothing_else(data, run_ask, tmp_path):
     for _ in range(2):
         run_ask(tmp_path / "model", one, "--output_dir", tmp_path / "scored")
     assert len((tmp_path / "scored" / "predictions.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_that_begins_meanwhile_in_the_folder_of_scores_keeps_its_own(data, run_ask, tmp_path, monkeypatch):
+    score, run = ask.score, OutputDir(tmp_path / "scored")
+
+    def score_and_run(*arguments):
+        with run.held(TINY):
+            for name in ("training_log.jsonl", "predictions.jsonl"):
+                run.write_text(name, "the run's")
+        return score(*arguments)
+
+    monkeypatch.setattr(ask, "score", score_and_run)
+    with pytest.raises(InputError, match="scored is a run's: give another --output_dir"):
+        run_ask(TINY, data / "valid.jsonl", "--output_dir", run.path)
+    assert (run.path / "predictions.jsonl").read_text() == "the run's"
 
 
 def test_a_card_without_bfloat16_asks_in_float16(monkeypatch):
@@ -489,7 +508,8 @@ def test_models_are_named_by_their_folders():
 
 
 def test_asking_about_a_file_names_each_metric(data, capsys):
-    lines, _ = ask.score([ask.load(TINY)], ["tiny"], data / "valid.jsonl", 2)
+    questions = ask.read_questions(data / "valid.jsonl", [ask.load_tokenizer(TINY)])
+    lines, _ = ask.score([ask.load(TINY)], ["tiny"], questions, 2)
     mean = {name: sum(line[f"after_{name}"] for line in lines) / len(lines) for name in ("correct", "exact", "anls")}
     scores = f"accuracy: {mean['correct']:.1%}, exact match: {mean['exact']:.1%}, ANLS: {mean['anls']:.1%}"
     assert capsys.readouterr().out.splitlines()[0].endswith(scores)

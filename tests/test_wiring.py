@@ -198,23 +198,27 @@ def test_on_a_card_rows_are_padded(flags, run_main, monkeypatch, data, tokenizer
 
 
 def test_a_run_whose_pictures_all_go_ends_and_goes_on_when_they_are_back(flags, run_main, monkeypatch, capsys):
-    keep, there = script.keep_features, {}
+    """They go behind the first epoch."""
+    finish_epoch, there = script.finish_epoch, {}
 
-    def keep_then_remove(files, *more):
-        broken = keep(files, *more)
-        there.update((picture.path, picture.path.read_bytes()) for picture in files[0].values())
-        for path in there:
-            path.unlink()
-        return broken
+    def finish_then_remove(progress, *more):
+        finished = finish_epoch(progress, *more)
+        if progress.epoch == 2:
+            there.update((path, path.read_bytes()) for path in flags["train_file"].parent.glob("*.png"))
+            for path in there:
+                path.unlink()
+        return finished
 
-    flags |= {"features_dir": "none", "checkpoint_minutes": 1e-9}
+    flags |= {"features_dir": "none", "checkpoint_minutes": 1e-9, "epochs": 2}
     with monkeypatch.context() as patch, pytest.raises(InputError, match="bring the pictures back, and the same"):
-        patch.setattr(script, "keep_features", keep_then_remove)
+        patch.setattr(script, "finish_epoch", finish_then_remove)
         run_main(**flags)
     for path, content in there.items():
         path.write_bytes(content)
     run_main(**flags)
-    assert log_of(flags["output_dir"])[1]["train_loss"] > 0
+    assert "Going on in epoch 2 after step 0" in capsys.readouterr().out
+    before, first, second = log_of(flags["output_dir"])
+    assert second["train_loss"] < first["train_loss"] and second["left_out"] == 0
 
 
 def test_pictures_that_go_during_a_run_are_told_in_log_card_and_page(flags, run_main, monkeypatch, capsys):
