@@ -99,8 +99,9 @@ def seen_by(change, idle):
         idle.put(pytest)
     if status is None:
         return "it hangs", TIMEOUT
-    if status not in (0, 1):  # no tests were found, or they can't be imported
-        raise InputError(f"{change}\n{printed}")
+    if status not in (0, 1):  # no tests were found, or they can't be imported: seen by none, and the others go on
+        print(printed, file=sys.stderr)
+        return None, time.monotonic() - started
     failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", printed, re.MULTILINE)
     return failed and failed[1], time.monotonic() - started
 

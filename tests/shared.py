@@ -64,17 +64,14 @@ def all_cores():
 
 @pytest.fixture
 def small_model(request):
-    """The folder of the small checkpoint, for `both_releases` of each release; of `smallest` where that is used."""
+    """The folder of the small checkpoint, for `both_releases` of each release; of the `smallest` where so marked."""
     folder = getattr(request, "param", TINY)
-    return request.getfixturevalue("smallest")[folder] if "smallest" in request.fixturenames else folder
+    return request.getfixturevalue("smallest")[folder] if request.node.get_closest_marker("smallest") else folder
 
 
 @pytest.fixture(scope="session")
 def smallest(tmp_path_factory):
-    """{folder of a small checkpoint: that of a smaller one, of the same release}, which knows little and is quick.
-
-    For what a run does whatever it learns.
-    """
+    """{folder of a small checkpoint: that of a smaller one, of the same release}, which knows little and is quick."""
     folder, text = tmp_path_factory.mktemp("smallest"), {"hidden_size": 64, "intermediate_size": 256}
     vision = {"hidden_size": 32, "intermediate_size": 64, "projection_size": 64, "num_hidden_layers": 1}
     for base in (TINY, TINY_2025):

@@ -31,7 +31,7 @@ RANK = 4
 PARAMETERS = RANK * 3 * 16 * 64  # of four layers in three blocks, in all 16 times as wide as the model
 
 
-pytestmark = pytest.mark.usefixtures("smallest")  # `small_model` is that one
+pytestmark = pytest.mark.smallest
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from tests.child import Child
 from tests.launched import signalled_while_it_writes, writing_in_background
 from tests.shared import TINY, both_releases, untimed
 
-pytestmark = pytest.mark.usefixtures("smallest")  # `small_model` is that one
+pytestmark = pytest.mark.smallest
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """The list of changes that the suite is tried with: each has its place in the sources, and nothing is left out."""
 
 import sys
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,6 +44,22 @@ def test_a_change_that_no_test_sees_is_told_and_gives_status_1(monkeypatch, caps
     _, line, total = capsys.readouterr().out.splitlines()
     assert line.strip() == (f"seen by {test}, 2 s" if test else "UNSEEN, 2 s")
     assert total.startswith(f"1 changes, {1 if test else 0} seen, ")
+
+
+@pytest.mark.parametrize(
+    ("status", "printed", "test"),
+    [
+        (0, "1 passed", None),
+        (1, "FAILED tests/test_it.py::test - assert", "test_it.py::test"),
+        (None, "", "it hangs"),
+        (2, "ERROR tests/test_it.py - SyntaxError", None),  # of whoever wrote the change
+        (5, "no tests ran", None),
+    ],
+)
+def test_a_change_is_seen_by_a_test_that_fails_or_hangs(monkeypatch, status, printed, test):
+    idle = SimpleQueue()
+    idle.put(SimpleNamespace(run=lambda *arguments: (status, printed)))
+    assert mutations.seen_by(read_changes()[0], idle)[0] == test
 
 
 @pytest.mark.parametrize(

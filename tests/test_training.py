@@ -29,7 +29,7 @@ from tests.shared import (
     step_of,
 )
 
-pytestmark = pytest.mark.usefixtures("smallest")  # `small_model` is that one
+pytestmark = pytest.mark.smallest
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from moondream2.scoring import is_correct
 from tests.shared import TINY, TINY_2025, dataset, write_lines
 from tests.test_training import plain_losses
 
-pytestmark = pytest.mark.usefixtures("smallest")  # `small_model` is that one
+pytestmark = pytest.mark.smallest
 
 
 @pytest.fixture
