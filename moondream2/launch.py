@@ -43,7 +43,7 @@ def start(tracker=None, folder=None, lora_rank=None):
     """
     refuse_missing_tracker(tracker)
     set_up_torch()
-    in_buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy, but while they add up
+    in_buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # a second copy only while several add up
     handlers = [in_buckets, InitProcessGroupKwargs(timeout=TIMEOUT)]
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers, log_with=tracker, project_dir=folder)
     accelerator.gradient_accumulation_steps = 1  # the script's own, whatever the launch says: it counts tokens
